@@ -1,0 +1,1818 @@
+# SPDX-License-Identifier: MIT
+"""minilearner: the fastai Learner, rebuilt from scratch in one readable file.
+
+What it is: a complete training loop on torch alone (matplotlib only where it draws),
+to be read once, from top to bottom. Each definition uses only what stands above it,
+except that a method of `Learner` may hand over to a function further down. Cut the file
+at any banner, and what stands above still works.
+What it is not: augmentation, a model zoo, typed transforms. fastai has those.
+
+    train, test = mnist1d()
+    dls = DataLoaders.from_tensors(*train, valid=test)
+    learn = Learner(dls, small_cnn(), nn.CrossEntropyLoss(), metrics=accuracy)
+    learn.fit_one_cycle(5, 1e-2)
+
+Map
+     1  The plain loop   what everything below replaces, piece by piece
+     2  Small tools      lists, names, devices, batches, seeds
+     3  Data             TensorLoader, DataLoaders, mnist1d
+     4  Optimizer        step functions, Optimizer, SGD, RMSProp, Adam, OptimWrapper
+     5  Callbacks        events, Cancel exceptions, Callback, TrainEvalCallback
+     6  Learner          the loop itself
+     7  Metrics          AvgMetric, AvgLoss, accuracy
+     8  Recorder         history, progress, plots
+     9  Schedules        annealers, ParamScheduler, fit_one_cycle
+    11  Saving           save_model, load_model
+    14  Demo             python minilearner.py
+
+Glossary (B is the batch size, C the number of classes)
+    batch       what a loader yields: a tensor, or inputs and targets, such as `(x, y)`
+    xb, yb      inputs and targets of a batch, always tuples: `model(*xb)`
+    x, y        the same, without the tuple if it has one element
+    pred, loss  `model(*xb)`, and `loss_func(pred, *yb)`, a 0-d tensor
+    ds, dl, dls a data set (`ds[0]` is a sample); a loader, anything that can be looped
+                over again and again; a `DataLoaders`
+    n_inp       how many items of a batch are inputs: 2 for `(x1, x2, y)`
+    group       parameters that share hyper-parameters: `[body_params, head_params]`
+    hypers      the hyper-parameters of a group: `{'lr': 0.1, 'mom': 0.9}`
+    wd, mom     weight decay, momentum; `sqr_mom`: momentum of the squared gradients
+    state       what is remembered of one parameter: `{'grad_avg': tensor, 'step': 3}`
+    event       a moment of the loop, such as `after_loss`
+    cb, cbs     a callback, an object with methods named after events; a list of them
+    n_epoch     epochs of this fit; an epoch trains on all data once, then validates
+    n_iter      batches of this pass over a loader
+    pct_train   the share of the fit that is done, from 0.0 to 1.0
+
+Sources: fastai's documentation of its Learner, fastbook chapters 16 and 19, and the
+papers that the docstrings name. The code is written anew.
+"""
+import argparse
+import difflib
+import functools
+import inspect
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import time
+import types
+import warnings
+import zipfile
+from collections import ChainMap, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# --------------------------------------------------------------------------------------
+# 1. The plain loop: everything below replaces one hard-coded part of it
+#    Needs: nothing. Tested by: lesson 1.
+# --------------------------------------------------------------------------------------
+
+def fit_plain(model, train, valid, loss_func, opt, n_epoch):
+    """Train `model` for `n_epoch` epochs with a hand-written loop.
+
+    train, valid: lists or loaders of batches `(xb, yb)`, on the device of the model.
+    opt: anything with `step()` and `zero_grad()`, such as a torch optimizer.
+    Returns: the validation loss of each epoch, a mean over all samples (a list of
+    floats).
+    Source: fastbook chapters 4 and 16.
+    """
+    valid_losses = []
+    for _ in range(n_epoch):
+        model.train()
+        for xb, yb in train:
+            loss = loss_func(model(xb), yb)
+            loss.backward()
+            opt.step()
+            opt.zero_grad()
+        model.eval()
+        total, count = 0., 0
+        with torch.no_grad():
+            for xb, yb in valid:
+                total += loss_func(model(xb), yb) * len(xb)
+                count += len(xb)
+        valid_losses.append(float(total / count))
+    return valid_losses
+
+# --------------------------------------------------------------------------------------
+# 2. Small tools: lists, names, devices, batches, seeds
+#    Needs: nothing. Tested by: lesson 2.
+# --------------------------------------------------------------------------------------
+
+# `callbacks` is read whenever a Learner is made; sections 5 and 8 fill it.
+defaults = types.SimpleNamespace(lr=1e-3, callbacks=[])
+
+def check(ok, message, error=ValueError):
+    """Raise `error(message)` unless `ok`: how this file refuses bad input."""
+    if not ok:
+        raise error(message)
+
+def check_not_negative(name, value):
+    """Raise ValueError unless `value`, or each of a list or slice, is at least 0."""
+    is_slice = isinstance(value, slice)
+    values = [value.start or 0, value.stop] if is_slice else listify(value)
+    check(all(v >= 0 for v in values), f"{name}={value!r}: give a number of at least 0")
+
+def add_note(error, text):
+    """Append `text` to what a traceback of `error` shows (from Python 3.11 on)."""
+    error.__notes__ = [*getattr(error, '__notes__', []), text]
+
+def listify(o):
+    """`o` as a new list: None is empty, a list or tuple its items, else one item."""
+    return list(o) if isinstance(o, (list, tuple)) else [] if o is None else [o]
+
+def detuplify(t):
+    """The element of a tuple that has one; any other tuple as it is."""
+    return t[0] if len(t) == 1 else t
+
+def class2attr(obj, suffix):
+    """Name of `obj`'s class in snake case, without `suffix`.
+
+    >>> class TestTrainEvalCallback: pass
+    >>> class2attr(TestTrainEvalCallback(), 'Callback')
+    'test_train_eval'
+    """
+    name = type(obj).__name__.removesuffix(suffix) or suffix
+    return re.sub('(?<=[a-z0-9])(?=[A-Z])|(?<=.)(?=[A-Z][a-z])', '_', name).lower()
+
+def replacing_yield(o, attr, val):
+    """Set `o.attr` to `val`, yield, and put the old value back whatever happens.
+
+    A generator: return it from a function under `contextlib.contextmanager`.
+    """
+    old = getattr(o, attr)
+    try:
+        yield setattr(o, attr, val)
+    finally:
+        setattr(o, attr, old)
+
+def plain_number(v):
+    """`v` as a Python number if it is a tensor or array of one, else as it is."""
+    return v.item() if hasattr(v, 'item') and math.prod(v.shape) == 1 else v
+
+def default_device():
+    """The best device at hand: CUDA, then Apple's MPS, then the CPU."""
+    mps = 'mps' if torch.backends.mps.is_available() else 'cpu'
+    return torch.device('cuda' if torch.cuda.is_available() else mps)
+
+def map_tensors(f, b):
+    """Apply `f` to every tensor in `b`: a tensor, or nested tuples, lists and dicts."""
+    if isinstance(b, torch.Tensor):
+        return f(b)
+    if isinstance(b, dict):
+        return {k: map_tensors(f, v) for k, v in b.items()}
+    if isinstance(b, (tuple, list)):
+        items = [map_tensors(f, o) for o in b]
+        return type(b)(*items) if hasattr(b, '_fields') else type(b)(items)
+    return b
+
+def to_device(b, device=None, non_blocking=False):
+    """Move every tensor of a batch to `device` (default: `default_device()`)."""
+    device = device or default_device()
+    return map_tensors(lambda t: t.to(device, non_blocking=non_blocking), b)
+
+def gather_rows(t):
+    """`t` (B, ...) of all processes joined along dim 0; with one process `t` itself."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return t
+    parts = [torch.empty_like(t) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, t.contiguous())
+    return torch.cat(parts) if t.dim() else torch.stack(parts)
+
+def to_detach(b, cpu=True, gather=True):
+    """Cut every tensor of a batch from its graph.
+
+    cpu: also move it to the CPU. gather: join the rows of all processes first; each
+    must hold the same number.
+    """
+    def detach(t):
+        t = gather_rows(t.detach()) if gather else t.detach()
+        return t.cpu() if cpu else t
+    return map_tensors(detach, b)
+
+def to_detach_from_dl(learn, b, cpu=True, gather=True):
+    """`to_detach` of the learner's current loader, if it has one, else the function."""
+    return getattr(learn.dl, 'to_detach', to_detach)(b, cpu=cpu, gather=gather)
+
+def find_bs(b):
+    """Batch size of `b`: the number of rows of the first tensor in it."""
+    while isinstance(b, (tuple, list, dict)) and len(b):
+        b = next(iter(b.values())) if isinstance(b, dict) else b[0]
+    return b.shape[0] if getattr(b, 'shape', ()) else len(b)
+
+def set_seed(s, reproducible=False):
+    """Seed Python, NumPy (if imported) and torch, on all devices, with the int `s`.
+
+    On the CPU two runs with the same torch and number of threads are then
+    bit-identical, shuffling and dropout included. On CUDA some kernels add in any
+    order; `reproducible` asks cuDNN for deterministic ones, and
+    `torch.use_deterministic_algorithms(True)` covers the others. Not covered: worker
+    processes that draw NumPy or Python numbers.
+    """
+    random.seed(s)
+    torch.manual_seed(s)
+    if 'numpy' in sys.modules:
+        sys.modules['numpy'].random.seed(s % 2**32)
+    if reproducible:
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+
+def trainable_params(model):
+    """The parameters of `model` that require a gradient: a list, hence one group."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+def norm_bias_params(model, with_bias=True):
+    """List of the parameters of all norm layers and, if `with_bias`, all biases."""
+    norms = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+    return [p for m in model.modules() for name, p in m.named_parameters(recurse=False)
+            if isinstance(m, norms) or (with_bias and 'bias' in name)]
+
+# --------------------------------------------------------------------------------------
+# 3. Data: loaders of batches, and a data set that needs no download
+#    Needs: 2. Tested by: lesson 3.
+# --------------------------------------------------------------------------------------
+
+class TensorLoader:
+    """Batches cut from tensors in memory with one index each, without work per sample.
+
+    tensors: (N, ...) with the same N each, inputs first; on any device.
+    bs: rows of a batch; the last may have fewer, or is left out by `drop_last`.
+    shuffle: a new order each epoch, from torch's global generator of that device.
+    Yields: tuples of tensors (B, ...); they are copies. Raises: ValueError.
+
+    >>> [b[0].tolist() for b in TensorLoader(torch.arange(5), bs=2)]
+    [[0, 1], [2, 3], [4]]
+    """
+    def __init__(self, *tensors, bs=64, shuffle=False, drop_last=False):
+        lengths = [len(t) for t in tensors]
+        check(len(set(lengths)) == 1, f"tensors of {lengths} rows: make them equal")
+        check(bs >= 1, f"bs={bs}: a batch needs at least 1 row")
+        self.dataset = torch.utils.data.TensorDataset(*tensors)
+        self.bs, self.shuffle, self.drop_last = bs, shuffle, drop_last
+
+    def __len__(self):
+        full, rest = divmod(len(self.dataset), self.bs)
+        return full + (rest > 0 and not self.drop_last)
+
+    def __iter__(self):
+        tensors = self.dataset.tensors
+        make_order = torch.randperm if self.shuffle else torch.arange
+        order = make_order(len(self.dataset), device=tensors[0].device)
+        for rows in order.split(self.bs)[:len(self)]:
+            yield tuple(t.index_select(0, rows) for t in tensors)
+
+class DataLoaders:
+    """The loaders of a training: `dls[0]` is `dls.train`, `dls[1]` is `dls.valid`.
+
+    loaders: re-iterables of batches: a torch DataLoader, a TensorLoader, a list.
+    Without a second one, or with None, nothing is validated. path: folder of the
+    project. device: where batches go (default: `default_device()`). n_inp: how many
+    items of a batch are inputs; default: that of the training loader, else all but the
+    last, or the only one. vocab: names of the classes. decode: a function from a
+    decoded prediction to what people read. Other attributes: those of `train`.
+    Raises: TypeError without a training loader, or for a loader that can be read once.
+    """
+    def __init__(self, *loaders, path='.', device=None, n_inp=None, vocab=None,
+                 decode=None):
+        self.loaders = [dl for dl in loaders if dl is not None]
+        if not loaders or loaders[0] is None:
+            raise TypeError("no training loader: write DataLoaders(train, valid)")
+        if any(isinstance(dl, Iterator) for dl in loaders):
+            raise TypeError("an iterator serves one epoch: pass a list or a DataLoader")
+        self.train, self.valid = (self.loaders + [None])[:2]
+        self.train_ds, self.valid_ds = (getattr(dl, 'dataset', None)
+                                        for dl in (self.train, self.valid))
+        self.path, self.device = Path(path), torch.device(device or default_device())
+        self.n_inp = n_inp or getattr(self.train, 'n_inp', None)
+        self.vocab, self.decode = vocab, decode
+
+    @classmethod
+    def from_tensors(cls, x, y, valid=None, valid_pct=0.2, bs=64, seed=None,
+                     shuffle=True, drop_last=False, device=None, **kwargs):
+        """DataLoaders over tensors x, y (N, ...), which move to the device as a whole.
+
+        valid: a pair of tensors; without it a share `valid_pct` (0 to below 1; 0: none)
+        of the rows, drawn by the int `seed` (None: by the global generator), validates.
+        shuffle, drop_last: of the training loader. kwargs: see `DataLoaders`.
+        """
+        check(0 <= valid_pct < 1, f"valid_pct={valid_pct}: a share from 0 to below 1")
+        if valid is None and valid_pct:
+            generator = None if seed is None else torch.Generator().manual_seed(seed)
+            order = torch.randperm(len(x), generator=generator).to(x.device)
+            rest, held_out = order.tensor_split([round(len(x) * (1 - valid_pct))])
+            x, y, valid = x[rest], y[rest], (x[held_out], y[held_out])
+        train = TensorLoader(x, y, bs=bs, shuffle=shuffle, drop_last=drop_last)
+        dls = cls(train, valid and TensorLoader(*valid, bs=bs), device=device, **kwargs)
+        return dls.to(dls.device)
+
+    @classmethod
+    def from_dsets(cls, train_ds, valid_ds=None, bs=64, shuffle=True, device=None,
+                   **kwargs):
+        """DataLoaders over data sets, through torch DataLoaders, which get `kwargs`."""
+        train = torch.utils.data.DataLoader(train_ds, bs, shuffle, **kwargs)
+        kwargs['drop_last'] = False
+        valid = valid_ds and torch.utils.data.DataLoader(valid_ds, bs, **kwargs)
+        return cls(train, valid, device=device)
+
+    def __getitem__(self, i):
+        return self.loaders[i]
+
+    def __getattr__(self, k):
+        # subtle: copy and pickle ask before __init__ ran, when there is no `train`
+        # either
+        if 'train' not in self.__dict__ or k.startswith('__'):
+            raise AttributeError(k)
+        return getattr(self.train, k)
+
+    def split_batch(self, b):
+        """Split a batch into the tuples `(xb, yb)`; override it for other kinds.
+
+        Raises: TypeError for a dict, whose items have no order.
+        """
+        if isinstance(b, dict):
+            raise TypeError(f"dict batch {list(b)}: override DataLoaders.split_batch")
+        b = tuple(b) if isinstance(b, (tuple, list)) else (b,)
+        n = self.n_inp or max(1, len(b) - 1)
+        return b[:n], b[n:]
+
+    def one_batch(self):
+        """The first batch of a new pass over the training loader, on the device."""
+        return to_device(next(iter(self.train)), self.device)
+
+    def show_batch(self, max_n=9):
+        """Draw up to `max_n` samples of a training batch; returns an array of axes."""
+        xb, yb = self.split_batch(self.one_batch())
+        titles = [self.decoded(y) for y in yb[0]] if yb else None
+        return show_samples(xb[0][:max_n], titles)
+
+    def decoded(self, y):
+        """What a person reads for one target or decoded prediction `y`."""
+        if self.decode:
+            return self.decode(y)
+        y = plain_number(y)
+        return y if self.vocab is None else self.vocab[y]
+
+    def to(self, device):
+        """Send batches to `device` from now on; tensors in memory move at once."""
+        self.device = torch.device(device)
+        for dl in self.loaders:
+            if isinstance(dl, TensorLoader):
+                dl.dataset.tensors = to_device(dl.dataset.tensors, self.device)
+        return self
+
+    def cuda(self):
+        """`to('cuda')`"""
+        return self.to('cuda')
+
+    def cpu(self):
+        """`to('cpu')`"""
+        return self.to('cpu')
+
+def show_samples(xs, titles=None, figure=None):
+    """Draw samples in a square grid with their titles; the array of matplotlib axes.
+
+    xs: signals (B, L) or (B, 1, L), drawn as lines; images (B, H, W), (B, 1 or 3, H,
+    W).
+    """
+    import matplotlib.pyplot as plt
+    side = math.ceil(math.sqrt(len(xs)))
+    figure = figure or plt.figure(figsize=(2 * side, 2 * side), layout='constrained')
+    axs = figure.subplots(side, side, squeeze=False)
+    for i, ax in enumerate(axs.flat):
+        ax.set(xticks=[], yticks=[], visible=i < len(xs))
+    for ax, x, title in zip(axs.flat, xs, titles or [''] * len(xs)):
+        x = x.detach().float().cpu().squeeze()
+        draw = functools.partial(ax.imshow, cmap='gray') if x.dim() > 1 else ax.plot
+        draw(x.movedim(0, -1) if x.dim() == 3 else x)
+        ax.set_title(title, fontsize=9)
+    return axs
+
+# The ten hand-drawn shapes of MNIST-1D (arXiv:2011.14439), 12 points each
+MNIST1D_SHAPES = """
+    5 6 6.5 6.75 7 7 7 7 6.75 6.5 6 5       5 3 3 3.4 3.8 4.2 4.6 5 5.4 5.8 5 5
+    5 6 6.5 6.5 6 5.25 4.75 4 3.5 3.5 4 5   5 6 6.5 6.5 6 5 5 6 6.5 6.5 6 5
+    5 4.4 3.8 3.2 2.6 2.6 5 5 5 5 5 5       5 3 3 3 3 5 6 6.5 6.5 6 4.5 5
+    5 4 3.5 3.25 3 3 3 3 3.25 3.5 4 5       5 7 7 6.6 6.2 5.8 5.4 5 4.6 4.2 5 5
+    5 4 3.5 3.5 4 5 5 4 3.5 3.5 4 5         5 4 3.5 3.5 4 5 5 5 5 4.7 4.3 5"""
+
+def mnist1d(n=5000, seed=42):
+    """MNIST-1D, made on the spot: signals of 40 points in 10 classes of equal size.
+
+    n: how many, a multiple of 10; four fifths are for training. seed: an int; the
+    global random state is neither used nor changed.
+    Returns: `(x, y), (x_test, y_test)`; x is (N, 1, 40) float32, y (N,) int64.
+    Source: Greydanus and Kobak, 'Scaling down deep learning with MNIST-1D', ICML 2024.
+    Test accuracy published there: logistic 32 %, MLP 68 %, CNN 94 %, GRU 91 %.
+    """
+    check(n > 0 and n % 10 == 0, f"n={n}: give a multiple of 10, for 10 equal classes")
+    rng = torch.Generator().manual_seed(seed)
+    rand = functools.partial(torch.rand, n, 1, generator=rng)
+    y = torch.randperm(n, generator=rng) % 10
+    shapes = torch.tensor([float(v) for v in MNIST1D_SHAPES.split()]).view(10, 12)
+    shapes = (shapes - shapes.mean(1, True)) / shapes.std(1, correction=0, keepdim=True)
+    shapes = (shapes - shapes[:, :1]) / 6 + 1e-8    # so that only padding is exactly 0
+    x = F.pad(shapes, (0, 60))[y]
+    # stretch the shape and a random length of padding over 72 points
+    at = torch.linspace(0, 1, 72) * torch.randint(47, 72, (n, 1), generator=rng)
+    left = at.long().clamp(max=70)
+    x = torch.lerp(x.gather(1, left), x.gather(1, left + 1), at - left)
+    x = x * (1 + 0.4 * (rand() - 0.5))
+    x = x.gather(1, (torch.arange(72) - torch.randint(48, (n, 1), generator=rng)) % 72)
+    # correlated noise in the padding, a little independent noise everywhere
+    kernel = torch.exp(-torch.arange(-8, 9) ** 2 / 8)
+    noise = 0.25 * torch.randn(n, 72, generator=rng)
+    noise = torch.cat([noise[:, :8].flip(1), noise, noise[:, -8:].flip(1)], 1)
+    noise = F.conv1d(noise[:, None], (kernel / kernel.sum())[None, None])[:, 0]
+    x = torch.where(x == 0, noise, x) + 0.02 * torch.randn(n, 72, generator=rng)
+    x = x - 0.75 * (rand() - 0.5) * torch.linspace(-0.5, 0.5, 72)
+    x = F.interpolate(x[:, None], 40, mode='linear', align_corners=True)
+    x, cut = (x - x.mean()) / x.std(correction=0), n * 4 // 5
+    return (x[:cut], y[:cut]), (x[cut:], y[cut:])
+
+# --------------------------------------------------------------------------------------
+# 4. Optimizer: a chain of small step functions makes any of them
+#    Needs: 2. Tested by: lesson 4.
+# --------------------------------------------------------------------------------------
+# A step function takes a parameter `p` (its gradient is `p.grad`) and, by keyword, the
+# hypers and the state that it needs; `**kwargs` swallows the others. It changes `p` in
+# place, or returns a dict with new state for `p`, or both. The state that it returns is
+# an optional argument of its own, as in `grad_avg=None`: so it starts.
+
+def sgd_step(p, lr, **kwargs):
+    """p -= lr * grad"""
+    p.data.add_(p.grad.data, alpha=-lr)
+
+def weight_decay(p, lr, wd, do_wd=True, **kwargs):
+    """p *= 1 - lr * wd. Source: Loshchilov, Hutter, 'Decoupled Weight Decay', 2019."""
+    if do_wd and wd != 0:
+        p.data.mul_(1 - lr * wd)
+
+def l2_reg(p, lr, wd, do_wd=True, **kwargs):
+    """grad += wd * p, as if the loss had a penalty wd / 2 * p**2."""
+    if do_wd and wd != 0:
+        p.grad.data.add_(p.data, alpha=wd)
+
+def average_grad(p, mom, dampening=False, grad_avg=None, **kwargs):
+    """grad_avg = mom * grad_avg + grad, from 0; with dampening: + (1 - mom) * grad."""
+    if grad_avg is None:
+        grad_avg = torch.zeros_like(p.grad.data)
+    return {'grad_avg': grad_avg.mul_(mom).add_(p.grad.data, alpha=1 - dampening * mom)}
+
+def average_sqr_grad(p, sqr_mom, dampening=True, sqr_avg=None, **kwargs):
+    """sqr_avg = sqr_mom * sqr_avg + (1 - sqr_mom) * grad**2; undamped: + grad**2."""
+    if sqr_avg is None:
+        sqr_avg = torch.zeros_like(p.grad.data)
+    grad, damp = p.grad.data, 1 - dampening * sqr_mom
+    sqr_avg.mul_(sqr_mom).addcmul_(grad, grad, value=damp)
+    return {'sqr_avg': sqr_avg}
+
+def momentum_step(p, lr, grad_avg, **kwargs):
+    """p -= lr * grad_avg"""
+    p.data.add_(grad_avg, alpha=-lr)
+
+def rms_prop_step(p, lr, sqr_avg, eps, grad_avg=None, **kwargs):
+    """p -= lr * (grad_avg or grad) / (sqrt(sqr_avg) + eps). Source: Hinton, 2012."""
+    direction = p.grad.data if grad_avg is None else grad_avg
+    p.data.addcdiv_(direction, sqr_avg.sqrt().add_(eps), value=-lr)
+
+def step_stat(p, step=0, **kwargs):
+    """Count the steps of `p`, from 1."""
+    return {'step': step + 1}
+
+def debias(mom, damp, step):
+    """Sum of the weights in a moving average from 0 after `step` steps: divide by it.
+
+    >>> round(debias(0.9, 0.1, 2), 2)       # 0.1 for this gradient, 0.09 for the last
+    0.19
+    """
+    return damp * (1 - mom**step) / (1 - mom)
+
+def adam_step(p, lr, mom, step, sqr_mom, grad_avg, sqr_avg, eps, **kwargs):
+    """p -= lr * g / (sqrt(s) + eps), where g and s are grad_avg and sqr_avg, debiased.
+
+    Source: Kingma and Ba, 'Adam: A Method for Stochastic Optimization', 2015.
+    """
+    debias1, debias2 = debias(mom, 1 - mom, step), debias(sqr_mom, 1 - sqr_mom, step)
+    denom = (sqr_avg / debias2).sqrt_().add_(eps)
+    p.data.addcdiv_(grad_avg, denom, value=-lr / debias1)
+
+class Optimizer:
+    """Runs step functions, one after another, on every parameter that has a gradient.
+
+    params: parameters (one group), or iterables of them (groups), or a single tensor.
+    cbs: a step function or a list; its attribute `defaults`, if any, is a dict of
+    hypers. train_bn: unused, accepted as in fastai: the Learner marks what always
+    trains. defaults: hypers of all groups; they override those of the step functions.
+    Raises: ValueError for a parameter given twice; at the first step, before any weight
+    moves, for a hyper that a step function needs and nobody gave.
+    Source: fastbook chapter 16.
+
+    >>> Optimizer([1, 2, 3], sgd_step, lr=0.1).hypers
+    [{'lr': 0.1}]
+    """
+    def __init__(self, params, cbs, train_bn=True, **defaults):
+        self.cbs, self.param_lists = listify(cbs), as_groups(params)
+        self.hypers, self.state = [{} for _ in self.param_lists], defaultdict(dict)
+        self.frozen_idx, self._checked = 0, False
+        for f in self.cbs:
+            # subtle: a partial of a step function has no `defaults`, its function has
+            self.set_hypers(**getattr(getattr(f, 'func', f), 'defaults', {}))
+        self.set_hypers(**defaults)
+
+    @property
+    def param_groups(self):
+        """`[{'params': [...], 'lr': ...}, ...]` as in torch; writes reach `hypers`."""
+        groups = zip(self.param_lists, self.hypers)
+        return [ChainMap(hyper, {'params': group}) for group, hyper in groups]
+
+    @param_groups.setter
+    def param_groups(self, groups):
+        """Replace parameters and hypers."""
+        self.param_lists = [list(g['params']) for g in groups]
+        self.hypers = [{k: v for k, v in g.items() if k != 'params'} for g in groups]
+
+    def all_params(self, n=slice(None), with_grad=False):
+        """List of `(p, group, state, hyper)` over the groups in the slice `n`."""
+        return [(p, group, self.state[p], hyper)
+                for group, hyper in zip(self.param_lists[n], self.hypers[n])
+                for p in group if not with_grad or p.grad is not None]
+
+    def per_group(self, k, v):
+        """The list of values, one a group, that `v` stands for; see `set_hyper`."""
+        n = len(self.param_lists)
+        if isinstance(v, slice) and v.start:
+            # counted from the end, so that a single group gets v.stop
+            steps = [i / max(1, n - 1) for i in reversed(range(n))]
+            return [v.stop * (v.start / v.stop) ** step for step in steps]
+        if isinstance(v, slice):
+            return [v.stop / 10] * (n - 1) + [v.stop]
+        values = v if isinstance(v, (list, tuple)) else [v] * n
+        values = [plain_number(value) for value in values]
+        ok = len(values) == n and not hasattr(values[0], 'shape')
+        check(ok, f"{k}={v!r}, for {n} group(s): give a number, or a list of {n}")
+        return values
+
+    def set_hyper(self, k, v):
+        """Set hyper `k` to `v`: one value for all groups, or a list with one per group.
+
+        v may be `slice(a, b)`: a for the first group, b for the last, equal factors
+        between; or `slice(b)`: b for the last group, b / 10 for the others.
+        Raises: ValueError for a list of another length, or a learning rate below 0.
+        """
+        check_not_negative('lr', v if k == 'lr' else 0)
+        for i, value in enumerate(self.per_group(k, v)):
+            self._set(i, k, value)
+
+    def _set(self, i, k, value):
+        self.hypers[i][k] = value
+
+    def set_hypers(self, **kwargs):
+        """`set_hyper` for every keyword."""
+        for k, v in kwargs.items():
+            self.set_hyper(k, v)
+
+    @torch.no_grad()
+    def step(self):
+        """Run the step functions on every parameter that has a gradient."""
+        if not self._checked:
+            self._check_hypers()
+        for p, _, state, hyper in self.all_params(with_grad=True):
+            for f in self.cbs:
+                state.update(f(p, **{**state, **hyper}) or {})
+
+    def _check_hypers(self):
+        known = set(self.hypers[0]).union(*(o[2] for o in self.all_params()))
+        for f in self.cbs:
+            for arg in list(inspect.signature(f).parameters.values())[1:]:
+                given = arg.name in known or '=' in str(arg) or '*' in str(arg)
+                check(given, f"{getattr(f, '__name__', f)} needs the hyper {arg.name}: "
+                             f"give it, as in Optimizer(..., {arg.name}=0.1)")
+                known.add(arg.name)
+        self._checked = True
+
+    def zero_grad(self, set_to_none=True):
+        """Forget all gradients; `set_to_none=False` fills them with 0 instead."""
+        for group in self.param_lists:
+            for p in group:
+                if set_to_none:
+                    p.grad = None
+                elif p.grad is not None:
+                    p.grad.detach_().zero_()
+
+    def freeze_to(self, n):
+        """Train only the groups from `n` on (negative: counted from the end).
+
+        Parameters whose state has `force_train` train in any case.
+        """
+        n_groups = len(self.param_lists)
+        self.frozen_idx = max(0, n if n >= 0 else n_groups + n)
+        if self.frozen_idx >= n_groups:
+            warnings.warn(f"freeze_to({n}) freezes all {n_groups} parameter group(s)")
+        for p, _, state, _ in self.all_params(slice(self.frozen_idx)):
+            p.requires_grad_(state.get('force_train', False))
+        for p, *_ in self.all_params(slice(self.frozen_idx, None)):
+            p.requires_grad_(True)
+
+    def freeze(self):
+        """Train only the last group. Raises: ValueError if it is the only one."""
+        ok = len(self.param_lists) > 1
+        check(ok, "freeze with 1 parameter group: pass a splitter that makes 2 or more")
+        self.freeze_to(-1)
+
+    def unfreeze(self):
+        """Train all groups."""
+        self.freeze_to(0)
+
+    def clear_state(self):
+        """Forget all state but the marks `force_train` and `do_wd`."""
+        marks = ('force_train', 'do_wd')
+        for p, _, state, _ in self.all_params():
+            self.state[p] = {k: v for k, v in state.items() if k in marks}
+
+    def state_dict(self):
+        """`{'state': [a dict per parameter], 'hypers': [one per group]}`, no copies."""
+        return {'state': [o[2] for o in self.all_params()], 'hypers': self.hypers}
+
+    def load_state_dict(self, sd):
+        """Take over copies of what `state_dict` gave, on the devices of the parameters.
+
+        Raises: ValueError, before any change, for the state of another optimizer.
+        """
+        params = [p for p, *_ in self.all_params()]
+        theirs, own = [len(o) for o in sd.values()], [len(params), len(self.hypers)]
+        check(theirs == own, f"parameters and groups are {theirs}, not {own} as here")
+        for p, state in zip(params, sd['state']):
+            self.state[p] = map_tensors(lambda t: t.to(p.device, copy=True), state)
+        self.hypers = [dict(h) for h in sd['hypers']]
+
+def as_groups(params):
+    """Lists of parameters from parameters, iterables of them, or a single tensor."""
+    params = [params] if isinstance(params, torch.Tensor) else list(params)
+    is_one = [isinstance(p, torch.Tensor) or not hasattr(p, '__iter__') for p in params]
+    groups = [params] if any(is_one) or not params else [list(p) for p in params]
+    ids = [id(p) for group in groups for p in group]
+    check(len(set(ids)) == len(ids), "a parameter is given twice: once is enough")
+    return groups
+
+def SGD(params, lr, mom=0., wd=0., decouple_wd=True):
+    """Optimizer: gradient descent with momentum `mom` (0 to 1) and weight decay `wd`.
+
+    Equals torch.optim.SGD, whose weight_decay is the `wd` of `decouple_wd=False`.
+    """
+    steps = [average_grad, momentum_step] if mom else [sgd_step]
+    steps.insert(0, weight_decay if decouple_wd else l2_reg)
+    return Optimizer(params, steps, lr=lr, mom=mom, wd=wd)
+
+def RMSProp(params, lr, sqr_mom=0.99, mom=0., wd=0., decouple_wd=True, eps=1e-8):
+    """Optimizer: divides each weight's step by the recent size of its gradients.
+
+    Equals torch.optim.RMSprop without momentum. With it the two differ: here gradients
+    are averaged, then divided; torch averages what it has divided.
+    """
+    steps = [*[average_grad] * (mom != 0), average_sqr_grad, rms_prop_step]
+    steps.insert(0, weight_decay if decouple_wd else l2_reg)
+    return Optimizer(params, steps, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
+
+def Adam(params, lr, mom=0.9, sqr_mom=0.99, eps=1e-5, wd=0.01, decouple_wd=True):
+    """Optimizer: momentum and RMSProp together, with both averages debiased.
+
+    Equals torch.optim.AdamW, or Adam for `decouple_wd=False`, with betas=(mom,
+    sqr_mom).
+    """
+    damped_average = functools.partial(average_grad, dampening=True)
+    steps = [damped_average, average_sqr_grad, step_stat, adam_step]
+    steps.insert(0, weight_decay if decouple_wd else l2_reg)
+    return Optimizer(params, steps, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
+
+class OptimWrapper(Optimizer):
+    """A torch optimizer with the interface of `Optimizer`: schedules, freezing, saving.
+
+    params: as in `Optimizer`, or dicts as torch takes them, or (alone) a torch
+    optimizer. opt: a torch optimizer, its class, or a `partial` of that; kwargs go to
+    the class. hp_map: torch's names of hypers to ours; `betas__0` is the first of
+    `betas`. convert_groups: give torch its form of groups. `do_wd` marks have no
+    effect.
+    """
+    hp_map = {'lr': 'lr', 'momentum': 'mom', 'betas__0': 'mom', 'weight_decay': 'wd',
+              'alpha': 'sqr_mom', 'betas__1': 'sqr_mom', 'eps': 'eps'}
+
+    def __init__(self, params=None, opt=None, hp_map=None, convert_groups=True,
+                 **kwargs):
+        opt, params = (params, None) if opt is None else (opt, params)
+        ours = {k: kwargs.pop(k) for k in ('mom', 'wd', 'sqr_mom') if k in kwargs}
+        if not isinstance(opt, torch.optim.Optimizer):
+            params = params if isinstance(params, torch.Tensor) else list(params)
+            if convert_groups and not isinstance(params[0], dict):
+                params = [{'params': group} for group in as_groups(params)]
+            opt = opt(params, **kwargs)
+        self.opt, self.state, self.frozen_idx = opt, defaultdict(dict), 0
+        self.hp_map = hp_map or self.hp_map
+        self.step, self.clear_state = opt.step, opt.state.clear
+        self.state_dict, self.load_state_dict = opt.state_dict, opt.load_state_dict
+        self.set_hypers(**ours)
+
+    param_groups = property(lambda self: self.opt.param_groups)
+    param_lists = property(lambda self: [g['params'] for g in self.opt.param_groups])
+
+    @property
+    def hypers(self):
+        """A dict per group, under our names: copies; `set_hyper` writes through."""
+        return [{ours: g[key][int(i[0])] if i else g[key] for ours, (key, *i) in
+                 self._places(g).items()} for g in self.opt.param_groups]
+
+    def _places(self, group):
+        """Where `group` keeps our hypers: `{'mom': ['betas', '0'], 'lr': ['lr']}`."""
+        places = [(ours, name.split('__')) for name, ours in self.hp_map.items()]
+        return {ours: at for ours, at in places if at[0] in group}
+
+    def _set(self, i, k, value):
+        group = self.opt.param_groups[i]
+        key, *item = self._places(group).get(k, [k])
+        if item:
+            value = tuple(value if j == int(item[0]) else old
+                          for j, old in enumerate(group[key]))
+        group[key] = value
+
+# --------------------------------------------------------------------------------------
+# 5. Callbacks: code that steps into the loop at its events
+#    Needs: 2. Tested by: lesson 5.
+# --------------------------------------------------------------------------------------
+#
+#  before_fit
+#     before_epoch
+#        before_train
+#           before_batch           xb and yb are there
+#           after_pred             pred = model(*xb)
+#           after_loss             loss = loss_func(pred, *yb); validation ends here
+#              before_backward
+#              after_backward      loss.backward()
+#              before_step
+#              after_step          opt.step(); the gradients are still there
+#           after_batch            opt.zero_grad()
+#        after_train
+#        before_validate
+#           (batches, as above)
+#        after_validate
+#     after_epoch
+#  after_fit
+#
+# What has begun ends with its `after_...`, even if an error passes through. A Cancel
+# exception ends a part early: then `after_cancel_...` comes just before `after_...`.
+
+EVENTS = tuple("""after_create before_fit before_epoch before_train before_batch
+    after_pred after_loss before_backward after_cancel_backward after_backward before_step
+    after_cancel_step after_step after_cancel_batch after_batch after_cancel_train
+    after_train before_validate after_cancel_validate after_validate after_cancel_epoch
+    after_epoch after_cancel_fit after_fit""".split())
+BATCH_EVENTS = EVENTS[EVENTS.index('before_batch'):EVENTS.index('after_batch') + 1]
+
+# The events as attributes, for tab completion: event.before_fit == 'before_fit'
+event = types.SimpleNamespace(**{name: name for name in EVENTS})
+
+class CancelException(Exception):
+    """Base of the exceptions that end a part of the loop early, without an error."""
+
+class CancelStepException(CancelException): "Skip the optimizer's step."
+
+class CancelBackwardException(CancelException): "Skip the backward pass."
+
+class CancelBatchException(CancelException): "Skip the rest of the batch."
+
+class CancelTrainException(CancelException): "Skip the rest of the training pass."
+
+class CancelValidException(CancelException): "Skip the rest of the validation pass."
+
+class CancelEpochException(CancelException): "Skip the rest of the epoch."
+
+class CancelFitException(CancelException): "End the training."
+
+def check_event(name):
+    """Raise AttributeError, naming the nearest event, unless `name` is an event."""
+    if name not in EVENTS:
+        today = name.replace('begin_', 'before_')    # fastai's first name for it
+        near = difflib.get_close_matches(today, EVENTS, 1, 0)
+        raise AttributeError(f"{name!r} is not an event; did you mean {near[0]!r}?")
+
+class Callback:
+    """Base class: define methods named after events; they take only `self`.
+
+    `Callback(after_loss=f)` makes one from a function of the callback. learn: the
+    Learner, or None. What a callback lacks is read from there (`self.loss` is
+    `self.learn.loss`); to write there, say `self.learn.loss = ...`. order: lower runs
+    first, equals in the order of adding. run_before, run_after: a class, or a list,
+    that must run after, or before, this one whatever the order. run: False skips all
+    events up to the end of the fit. run_train, run_valid: False skips those from
+    before_batch to after_batch of that pass.
+    Raises: AttributeError for a method that looks like an event but is none.
+    Source: fastbook chapter 16.
+    """
+    order, run_before, run_after, learn = 0, (), (), None
+    run = run_train = run_valid = True
+
+    def __init__(self, **handlers):
+        for name, f in handlers.items():
+            check_event(name)
+            setattr(self, name, types.MethodType(f, self))
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        for name in dir(cls):
+            looks_like_one = name.startswith(('before_', 'after_', 'begin_'))
+            if looks_like_one and callable(getattr(cls, name)):
+                check_event(name)
+
+    def __call__(self, event_name):
+        """Run the method `event_name`, if it exists and the flags allow; its result."""
+        training = getattr(self.learn, 'training', True)
+        wanted = self.run_train if training else self.run_valid
+        wanted = self.run and (wanted or event_name not in BATCH_EVENTS)
+        if wanted and self.defines(event_name):
+            return getattr(self, event_name)()
+
+    def defines(self, name):
+        """Whether the callback itself, not its learner, has the attribute `name`."""
+        return name in self.__dict__ or hasattr(type(self), name)
+
+    def __getattr__(self, k):
+        # Python asks here only for what it found nowhere else
+        if self.learn is None or k in EVENTS or k.startswith('__'):
+            raise AttributeError(f"{self!r} has no attribute {k!r}")
+        return getattr(self.learn, k)
+
+    def __setattr__(self, k, v):
+        learn = self.learn
+        known = learn is not None and (k in vars(learn) or hasattr(type(learn), k))
+        if known and not hasattr(Callback, k):
+            warnings.warn(f"You are shadowing an attribute ({k}) that exists in the "
+                          f"learner. Use `self.learn.{k}` to avoid this", stacklevel=2)
+        super().__setattr__(k, v)
+        if learn is not None and (k in EVENTS or k == 'order'):
+            learn._handlers = {}    # who handles what has changed
+
+    def __repr__(self):
+        return type(self).__name__
+
+    # the attribute of the Learner under which it is found
+    name = property(lambda self: class2attr(self, 'Callback'))
+
+def sort_callbacks(cbs):
+    """`cbs` by `order`, changed where `run_before` and `run_after` demand it.
+
+    Raises: ValueError if they contradict each other.
+    """
+    def precedes(a, b):
+        before, after = tuple(listify(a.run_before)), tuple(listify(b.run_after))
+        return a is not b and (isinstance(b, before) or isinstance(a, after))
+    waiting, ordered = sorted(cbs, key=lambda cb: cb.order), []
+    while waiting:
+        free = [b for b in waiting if not any(precedes(a, b) for a in waiting)]
+        check(free, f"run_before and run_after of {waiting} contradict each other")
+        ordered.append(free[0])
+        waiting.remove(free[0])
+    return ordered
+
+class TrainEvalCallback(Callback):
+    """Puts the model into the right mode and place, and counts progress."""
+    order, run_valid = -10, False
+
+    def before_fit(self):
+        learn = self.learn
+        learn.epoch, learn.loss = 0, torch.tensor(0.)
+        learn.train_iter, learn.pct_train = 0, 0.
+        for o in (learn.model, learn.loss_func):
+            if isinstance(o, nn.Module):
+                o.to(learn.dls.device)
+
+    def before_train(self):
+        self.model.train()
+        self.learn.training = True
+        self.learn.pct_train = self.epoch / self.n_epoch
+
+    def before_validate(self):
+        self.model.eval()
+        self.learn.training = False
+
+    def after_batch(self):
+        learn = self.learn
+        learn.train_iter += 1
+        if learn.n_iter:
+            learn.pct_train += 1 / (learn.n_iter * learn.n_epoch)
+
+defaults.callbacks.append(TrainEvalCallback)
+# --------------------------------------------------------------------------------------
+# 6. Learner: a model, data, a loss and an optimizer, and the loop that joins them
+#    Needs: 2 to 5. Tested by: lesson 6.
+# --------------------------------------------------------------------------------------
+
+class Learner:
+    """Trains `model` on `dls`: the loop. All else that it can do is a callback.
+
+    dls: a `DataLoaders`. model: an nn.Module; what the Learner lacks is looked up
+    there. loss_func: called as `loss_func(pred, *yb)`; default:
+    `dls.train_ds.loss_func`. opt_func: called as `opt_func(splitter(model), lr=lr)`:
+    `Adam` or the like, a torch optimizer class, or a `partial` of either. lr: default
+    learning rate, at least 0. splitter: from the model to its parameters, or a list of
+    groups of them. cbs: callbacks or their classes, besides `defaults.callbacks` (not
+    with these, if not `default_cbs`). metrics: functions of `(pred, *yb)`, `Metric`s,
+    torchmetrics objects. path, model_dir: files go to path/model_dir; the default path
+    is that of `dls`. wd: weight decay; None leaves it to opt_func. wd_bn_bias: decay
+    biases and norm layers too. train_bn: train norm layers even if frozen. moms:
+    momentum in `fit_one_cycle`.
+    Raises: TypeError or ValueError for missing data or loss function, and bad values.
+    Source: fastai's documentation of Learner.
+    """
+    def __init__(self, dls, model, loss_func=None, opt_func=Adam, lr=defaults.lr,
+                 splitter=trainable_params, cbs=None, metrics=None, path=None,
+                 model_dir='models', wd=None, wd_bn_bias=False, train_bn=True,
+                 moms=(0.95, 0.85, 0.95), default_cbs=True):
+        if not hasattr(dls, 'train'):
+            raise TypeError(f"dls is a {type(dls).__name__}: give DataLoaders(train)")
+        loss_func = loss_func or getattr(dls.train_ds, 'loss_func', None)
+        check(callable(loss_func), f"loss_func={loss_func!r}: give, say, nn.MSELoss()")
+        check_not_negative('lr', lr)
+        self.dls, self.model, self.loss_func = dls, model, loss_func
+        self.opt_func, self.lr, self.wd, self.moms = opt_func, lr, wd, moms
+        self.splitter, self.wd_bn_bias, self.train_bn = splitter, wd_bn_bias, train_bn
+        self.metrics = [mk_metric(m) for m in listify(metrics)]
+        self.path, self.model_dir = Path(dls.path if path is None else path), model_dir
+        self.logger, self.opt, self.training, self.completed = print, None, False, True
+        self.epoch, self.n_epoch, self._cbs, self._opt_params = 0, 1, [], None
+        self._forget_batch()
+        self.loss = torch.tensor(0.)
+        self.cbs = [*(defaults.callbacks if default_cbs else []), *listify(cbs)]
+        self('after_create')
+
+    def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
+        """Train for `n_epoch` epochs (an int >= 0), with `cbs` for this fit only.
+
+        lr, wd: default: those of the Learner; by group: see `Optimizer.set_hyper`.
+        reset_opt: begin with a new optimizer. start_epoch: leave out the epochs before
+        this one; schedules go on as if they had run.
+        Raises: ValueError for bad values; whatever callbacks, model and loaders raise.
+        """
+        lr, wd = self.lr if lr is None else lr, self.wd if wd is None else wd
+        epochs = range(start_epoch, n_epoch)
+        check(0 <= start_epoch <= n_epoch, f"n_epoch={n_epoch}, start_epoch="
+              f"{start_epoch}: give 0 <= start_epoch <= n_epoch")
+        check_not_negative('lr', lr)
+        with self.added_cbs(cbs):
+            opt = self.ensure_opt(reset_opt)
+            opt.set_hypers(lr=lr, **({} if wd is None else {'wd': wd}))
+            self.n_epoch = n_epoch
+            try:
+                self._stage('fit', lambda: self._all_epochs(epochs), CancelFitException)
+            finally:
+                self._end_fit()
+
+    def _all_epochs(self, epochs):
+        for self.epoch in epochs:
+            self._stage('epoch', self._one_epoch, CancelEpochException)
+
+    def _one_epoch(self):
+        self.dl = self.dls.train
+        self._stage('train', self.all_batches, CancelTrainException)
+        if self.dls.valid is not None:
+            self.dl = self.dls.valid
+            with torch.no_grad():
+                self._stage('validate', self.all_batches, CancelValidException)
+
+    def all_batches(self):
+        """Train or evaluate on all batches of `self.dl`."""
+        self.n_iter = loader_len(self.dl)
+        for i, b in enumerate(self.dl):
+            self.one_batch(i, b)
+
+    def one_batch(self, i, b):
+        """Train (if `self.training`) or evaluate on `b`, batch `i` of this pass."""
+        self.iter = i
+        self.xb, self.yb = self.dls.split_batch(to_device(b, self.dls.device))
+        try:
+            self._stage('batch', self._one_batch, CancelBatchException)
+        finally:
+            # subtle: prediction and loss hold the graph, which must not outlive the
+            # batch
+            self.pred, self.loss = map_tensors(torch.detach, (self.pred, self.loss))
+
+    def _one_batch(self):
+        self.pred = self.model(*self.xb)
+        self._fire('after_pred')
+        if self.yb:
+            self.loss = self.loss_func(self.pred, *self.yb)
+            self._fire('after_loss')
+        if self.yb and self.training:
+            self._stage('backward', self._backward, CancelBackwardException)
+            self._stage('step', self.opt.step, CancelStepException)
+            self.opt.zero_grad()
+
+    def _backward(self):
+        self.loss.backward()
+
+    def _stage(self, name, body, cancel):
+        """Fire before_<name>, run `body`, fire after_<name>; `cancel` ends it early.
+
+        In after_<name>, `self.completed` says whether the part ran to its end.
+        """
+        self.completed = False
+        try:
+            try:
+                self._fire(f'before_{name}')
+                body()
+                self.completed = True
+            except cancel:
+                self.completed = False
+                self._fire(f'after_cancel_{name}')
+        except BaseException as first:
+            self.completed = False
+            try:
+                self._fire(f'after_{name}')
+            except BaseException as second:
+                if isinstance(first, CancelException):
+                    raise
+                # the first error is the one to see
+                add_note(first, f"on the way out, after_{name} raised {second!r}")
+            raise
+        self._fire(f'after_{name}')
+
+    def _fire(self, name):
+        if name not in self._handlers:
+            self._handlers[name] = self.ordered_cbs(name)
+        for cb in self._handlers[name]:
+            try:
+                cb(name)
+            except BaseException as e:
+                add_note(e, f"raised by the callback {cb!r} in {name}")
+                raise
+
+    def _end_fit(self):
+        self._forget_batch()
+        self.training = False
+        self.opt.zero_grad()    # of a batch that broke off: not for the next fit
+        for cb in self.cbs:
+            cb.run = True
+
+    def _forget_batch(self):
+        self.xb = self.yb = (None,)
+        self.dl = self.pred = self.loss = None
+
+    def __call__(self, event_name):
+        """Call an event, or a list of them, on the callbacks, in order."""
+        for name in listify(event_name):
+            check_event(name)
+            self._fire(name)
+
+    def ordered_cbs(self, event):
+        """The callbacks that define `event`, in the order in which they are called."""
+        return [cb for cb in sort_callbacks(self.cbs) if cb.defines(event)]
+
+    @property
+    def cbs(self):
+        """The callbacks, in the order of adding. Each is also `learn.<name>`."""
+        return self._cbs
+
+    @cbs.setter
+    def cbs(self, cbs):
+        """Register these callbacks, and no others; see `add_cbs`."""
+        cbs = [cb() if isinstance(cb, type) else cb for cb in listify(cbs)]
+        taken = {*dir(type(self)), *vars(self)} - {cb.name for cb in self._cbs}
+        for i, cb in enumerate(cbs):
+            check(isinstance(cb, Callback), f"{cb!r} is no callback", TypeError)
+            kinds = {type(o) for o in cbs if o.name == cb.name}
+            free = cb.name not in taken and len(kinds) == 1 and cb not in cbs[:i]
+            check(free, f"callback {cb!r}: the name {cb.name!r} is taken: rename it")
+        for cb in self._cbs:
+            cb.learn = None
+            vars(self).pop(cb.name, None)
+        for cb in cbs:
+            cb.learn, vars(self)[cb.name] = self, cb
+        self._cbs = cbs
+        self._handlers = {}
+
+    def add_cbs(self, cbs):
+        """Register a callback (a class is instantiated) or a list; returns the learner.
+
+        Raises: ValueError if a name is taken or a callback registered; then adds none.
+        """
+        self.cbs = self._cbs + listify(cbs)
+        return self
+
+    def remove_cbs(self, cbs):
+        """Remove callbacks, or all of a class, if they are there; the learner."""
+        cbs = listify(cbs)
+        self.cbs = [cb for cb in self._cbs if cb not in cbs and type(cb) not in cbs]
+        return self
+
+    add_cb, remove_cb = add_cbs, remove_cbs
+
+    @contextmanager
+    def added_cbs(self, cbs):
+        """Context with `cbs` registered as well; yields the learner."""
+        before = self._cbs
+        added = [cb for cb in self.add_cbs(cbs).cbs if cb not in before]
+        try:
+            yield self
+        finally:
+            self.remove_cbs(added)
+
+    @contextmanager
+    def removed_cbs(self, cbs):
+        """Context without `cbs` (callbacks or classes); yields the learner."""
+        before = self._cbs
+        rest = self.remove_cbs(cbs).cbs
+        try:
+            yield self
+        finally:
+            # to their old places, since equal orders run in the order of adding
+            back = [cb for cb in before if cb not in rest or cb in self._cbs]
+            self.cbs = back + [cb for cb in self._cbs if cb not in before]
+
+    def __getattr__(self, k):
+        # subtle: copy and pickle ask before __init__ ran, when there is no model either
+        model = self.__dict__.get('model')
+        if k.startswith('__') or not hasattr(model, k):
+            raise AttributeError(f"neither the Learner nor its model has {k!r}")
+        return getattr(model, k)
+
+    data = property(lambda self: self.dls, doc="Another name for `dls`.")
+    x = property(lambda self: detuplify(self.xb), doc="`xb`, without a tuple of one.")
+    y = property(lambda self: detuplify(self.yb), doc="`yb`, without a tuple of one.")
+
+    def gather_args(self):
+        """Arguments of Learner and callbacks: `{'Learner.__init__.lr': 0.001, ...}`."""
+        return {f'{type(o).__name__}.__init__.{k}': getattr(o, k)
+                for o in (self, *self.cbs)
+                for k in inspect.signature(type(o)).parameters if hasattr(o, k)}
+
+    init_args = property(gather_args)
+
+    def create_opt(self):
+        """Make `self.opt` for the model, splitter and opt_func of the moment."""
+        self.model.to(self.dls.device)    # first, so that its state lands there, too
+        make = self.opt_func
+        self.lr = getattr(make, 'keywords', {}).get('lr', self.lr)
+        self._opt_params = [id(p) for p in self.model.parameters()]
+        f = getattr(make, 'func', make)
+        if isinstance(f, type) and issubclass(f, torch.optim.Optimizer):
+            make = functools.partial(OptimWrapper, opt=make)
+        opt = make(self.splitter(self.model), lr=self.lr)
+        self.opt = OptimWrapper(opt) if isinstance(opt, torch.optim.Optimizer) else opt
+        for p in [] if self.wd_bn_bias else norm_bias_params(self.model):
+            self.opt.state[p]['do_wd'] = False
+        for p in norm_bias_params(self.model, with_bias=False) if self.train_bn else []:
+            self.opt.state[p]['force_train'] = True
+
+    def ensure_opt(self, reset=False):
+        """The optimizer; a new one if `reset`, or if there is none for this model."""
+        ids = [id(p) for p in self.model.parameters()]
+        changed = self._opt_params not in (None, ids)
+        if reset or changed or self.opt is None:
+            self.create_opt()
+        return self.opt
+
+    def freeze_to(self, n):
+        """Train only the parameter groups from `n` on; see `Optimizer.freeze_to`."""
+        self.ensure_opt().freeze_to(n)
+        self.opt.clear_state()
+
+    def freeze(self):
+        """Train only the last parameter group. Raises: ValueError if there is one."""
+        self.ensure_opt().freeze()
+        self.opt.clear_state()
+
+    def unfreeze(self):
+        """Train all parameter groups."""
+        self.freeze_to(0)
+
+    def no_logging(self):
+        """Context in which nothing is printed."""
+        return contextmanager(replacing_yield)(self, 'logger', lambda *args: None)
+
+    def no_bar(self):
+        """Context without bar and table: rows go to `logger` as lists."""
+        return self.removed_cbs([cb for cb in self.cbs if cb.name == 'progress'])
+
+    no_mbar = no_bar
+
+    def loss_not_reduced(self):
+        """Context in which the loss keeps one value per sample (`reduction='none'`)."""
+        replacing = contextmanager(replacing_yield)
+        if hasattr(self.loss_func, 'reduction'):
+            return replacing(self.loss_func, 'reduction', 'none')
+        unreduced = functools.partial(self.loss_func, reduction='none')
+        return replacing(self, 'loss_func', unreduced)
+
+    def to_detach(self, b, cpu=True, gather=True):
+        """`b` without its graph; see `to_detach_from_dl`."""
+        return to_detach_from_dl(self, b, cpu, gather)
+
+    def show_training_loop(self):
+        """Print the events of a fit, indented, with the callbacks of each."""
+        show_training_loop(self)
+
+    def fit_one_cycle(self, *args, **kwargs):
+        """fit_one_cycle(n_epoch, lr_max=None, div=25., div_final=1e5, pct_start=0.25,
+        wd=None, moms=None, cbs=None, reset_opt=False, start_epoch=0): see there."""
+        fit_one_cycle(self, *args, **kwargs)
+
+    def model_file(self, file):
+        """path/model_dir/file.pth; an absolute path, or an open file, as it is."""
+        if not isinstance(file, (str, Path)) or Path(file).is_absolute():
+            return file
+        return self.path / self.model_dir / f"{str(file).removesuffix('.pth')}.pth"
+
+    def save(self, file, with_opt=True, pickle_protocol=2):
+        """Save to `model_file(file)`, which is returned; see `save_model`."""
+        file = self.model_file(file)
+        return save_model(file, self.model, self.opt, with_opt, pickle_protocol)
+
+    def load(self, file, with_opt=None, device=None, strict=True):
+        """Load from `model_file(file)`; returns the learner; see `load_model`."""
+        opt = None if with_opt is False else self.ensure_opt()
+        load_model(self.model_file(file), self.model, opt, with_opt, device, strict)
+        return self
+
+def loader_len(dl):
+    """Number of batches of a loader; None if it has no length."""
+    try:
+        return len(dl)
+    except TypeError:
+        return None
+
+def show_training_loop(learn):
+    """Print the events of a fit, indented, with the callbacks of each."""
+    batches = ['Start Batch Loop', *BATCH_EVENTS, 'End Batch Loop']
+    fit = ['Start Fit', 'before_fit', 'Start Epoch Loop', 'before_epoch', 'Start Train',
+           'before_train', *batches, 'End Train', 'after_cancel_train', 'after_train',
+           'Start Valid', 'before_validate', batches[0], '**CBs same as train batch**',
+           batches[-1], 'End Valid', 'after_cancel_validate', 'after_validate',
+           'End Epoch Loop', 'after_cancel_epoch', 'after_epoch', 'End Fit',
+           'after_cancel_fit', 'after_fit']
+    indent = 0
+    for line in fit:
+        indent -= 2 * line.startswith('End')
+        is_title = line.startswith(('Start', 'End'))
+        shown = line if is_title else f' - {line:15}: {learn.ordered_cbs(line)}'
+        print(' ' * indent + shown)
+        indent += 2 * line.startswith('Start')
+
+def before_batch_cb(f):
+    """Decorator: a callback that replaces each batch by `f(self, xb, yb) -> xb, yb`.
+
+    xb, yb: the tuples of the batch, bare if they have one element.
+    """
+    def before_batch(self):
+        xb, yb = f(self, self.x, self.y)
+        self.learn.xb = xb if isinstance(xb, tuple) else (xb,)
+        self.learn.yb = yb if isinstance(yb, tuple) else (yb,)
+    return Callback(before_batch=before_batch)
+
+# --------------------------------------------------------------------------------------
+# 7. Metrics: numbers about a whole pass, exact also if the last batch is smaller
+#    Needs: 2. Tested by: lesson 7.
+# --------------------------------------------------------------------------------------
+
+class Metric:
+    """Blueprint: `reset` before a pass, `accumulate` after every batch, then `value`.
+
+    Its name, the title of its column, is that of the class in snake case.
+    """
+    value = None
+    name = property(lambda self: class2attr(self, 'Metric'))
+
+    def reset(self):
+        """Forget all batches."""
+
+    def accumulate(self, learn):
+        """Take in the batch: `learn.xb`, `learn.yb`, `learn.pred`, `learn.loss`."""
+
+class AvgMetric(Metric):
+    """Mean of `func(pred, *yb)` over all samples, that is, weighted by batch size.
+
+    func returns a number, or a tensor or array of one. Its name is that of the metric.
+    total, count: the sums so far; value: the mean, None if there was no sample.
+    """
+    def __init__(self, func):
+        self.func = func
+        self.reset()
+
+    def reset(self):
+        """Forget all batches."""
+        self.total, self.count = 0., 0
+
+    def accumulate(self, learn):
+        """Add the batch. The sum stays on the device, so that nothing waits for it."""
+        value, bs = self.batch_value(learn), find_bs(learn.yb)
+        self.total = self.total + map_tensors(torch.detach, value) * bs
+        self.count += bs
+
+    def batch_value(self, learn):
+        """The value for one batch."""
+        return self.func(learn.pred, *learn.yb)
+
+    @property
+    def name(self):
+        """Name of the function, also of one inside a `partial`."""
+        f = getattr(self.func, 'func', self.func)
+        return getattr(f, '__name__', class2attr(f, 'Metric'))
+
+    value = property(lambda self: self.total / self.count if self.count else None)
+
+class AvgLoss(AvgMetric):
+    """Mean of `learn.loss` over all samples."""
+    name = 'loss'
+
+    def __init__(self):
+        super().__init__(None)
+
+    def batch_value(self, learn):
+        """The loss of one batch."""
+        return learn.loss.detach().float().mean()
+
+class AvgSmoothLoss(AvgLoss):
+    """Moving average of `learn.loss`, debiased; `beta` (0 to 1) weighs the past."""
+    name = 'smooth_loss'
+
+    def __init__(self, beta=0.98):
+        self.beta = beta
+        super().__init__()
+
+    def accumulate(self, learn):
+        """Add the loss of the batch."""
+        loss = self.batch_value(learn)
+        past = self.total if self.count else torch.zeros_like(loss)
+        self.total, self.count = torch.lerp(loss, past, self.beta), self.count + 1
+
+    @property
+    def value(self):
+        """The average, a 0-d tensor; None if there was no batch."""
+        return self.total / (1 - self.beta ** self.count) if self.count else None
+
+class ValueMetric(Metric):
+    """A number from elsewhere: what `func()` returns at the end of a pass."""
+    name = None
+
+    def __init__(self, func, metric_name=None):
+        self.func, self.name = func, metric_name or func.__name__
+
+    value = property(lambda self: self.func())
+
+class ObjectMetric(Metric):
+    """An object with update(pred, *yb), compute() and reset(), as in torchmetrics."""
+    def __init__(self, metric):
+        self.metric, self.reset = metric, metric.reset
+
+    def accumulate(self, learn):
+        """Update the object, on the device of the prediction."""
+        pred = map_tensors(torch.detach, learn.pred)
+        if hasattr(self.metric, 'to') and hasattr(pred, 'device'):
+            self.metric.to(pred.device)
+        self.metric.update(pred, *learn.yb)
+
+    value = property(lambda self: self.metric.compute())
+    name = property(lambda self: class2attr(self.metric, 'Metric'))
+
+def mk_metric(m):
+    """`m` as a `Metric`: a class is called, an object wrapped, a function averaged.
+
+    Raises: TypeError for anything else.
+    """
+    m = m() if isinstance(m, type) else m
+    if isinstance(m, Metric):
+        return m
+    if all(hasattr(m, k) for k in ('update', 'compute', 'reset')):
+        return ObjectMetric(m)
+    check(callable(m), f"metric {m!r}: give a function of (pred, target)", TypeError)
+    return AvgMetric(m)
+
+def accuracy(pred, target, axis=-1):
+    """Share of the samples whose largest score along `axis` is at the target class.
+
+    pred: (B, C) scores; target: (B,) int; further dimensions alike.
+    Returns: 0-d, 0 to 1.
+    """
+    return (pred.argmax(axis) == target).float().mean()
+
+def error_rate(pred, target, axis=-1):
+    """1 - accuracy"""
+    return 1 - accuracy(pred, target, axis)
+
+# --------------------------------------------------------------------------------------
+# 8. Recorder: what happened, kept, printed and drawn
+#    Needs: 5 to 7. Tested by: lesson 8.
+# --------------------------------------------------------------------------------------
+
+class Recorder(Callback):
+    """Keeps losses, learning rates and metrics; gives the logger a row for every epoch.
+
+    add_time: end the row with the time, 'mm:ss'. train_metrics, valid_metrics: whether
+    the metrics are computed there. beta: weight of the past in the smoothed training
+    loss, which is `learn.smooth_loss` and the column train_loss. losses: smoothed
+    losses (0-d tensors), lrs: learning rates of the last group, one of each per
+    training batch. iters: number of training batches up to each epoch's end.
+    metric_names: titles of `log`, the newest row. values: all rows, without epoch and
+    time; what a cancelled pass would have filled is None. `learn.final_record`: the
+    last of them.
+    """
+    order = 50
+
+    def __init__(self, add_time=True, train_metrics=False, valid_metrics=True,
+                 beta=0.98):
+        self.add_time, self.train_metrics = add_time, train_metrics
+        self.valid_metrics, self.beta = valid_metrics, beta
+
+    def before_fit(self):
+        self.lrs, self.iters, self.losses, self.values = [], [], [], []
+        metrics = [mk_metric(m) for m in listify(self.learn.metrics)]
+        self.smooth = AvgSmoothLoss(self.beta)
+        self.train_mets = [self.smooth, *metrics * self.train_metrics]
+        self.valid_mets = [AvgLoss(), *metrics * self.valid_metrics]
+        self.valid_mets *= self.dls.valid is not None
+        prefix = 'valid_' if self.train_metrics else ''
+        train = [f'train_{m.name}' for m in self.train_mets[1:]]
+        valid = ['valid_loss'] + [prefix + m.name for m in self.valid_mets[1:]]
+        valid *= len(self.valid_mets) > 0
+        names = ['epoch', 'train_loss', *train, *valid, 'time']
+        self.metric_names = names if self.add_time else names[:-1]
+        self.learn.smooth_loss = None
+
+    def before_epoch(self):
+        self.start = time.perf_counter()
+        self.rows = {'train': [None] * len(self.train_mets),
+                     'valid': [None] * len(self.valid_mets)}
+
+    def before_train(self):
+        for m in self.train_mets[1:]:
+            m.reset()
+
+    def before_validate(self):
+        for m in self.valid_mets:
+            m.reset()
+
+    def after_batch(self):
+        learn = self.learn
+        if not learn.completed or not learn.yb:
+            return
+        for m in self.train_mets if learn.training else self.valid_mets:
+            m.accumulate(learn)
+        if learn.training:
+            learn.smooth_loss = self.smooth.value
+            self.losses.append(learn.smooth_loss)
+            self.lrs.append(learn.opt.hypers[-1]['lr'])
+
+    def after_train(self):
+        self.iters.append(len(self.losses))
+        if self.completed:
+            self.rows['train'] = [plain_number(m.value) for m in self.train_mets]
+
+    def after_validate(self):
+        if self.completed:
+            self.rows['valid'] = [plain_number(m.value) for m in self.valid_mets]
+
+    def after_epoch(self):
+        row = self.rows['train'] + self.rows['valid']
+        if row.count(None) == len(row):
+            return      # an epoch that was skipped
+        self.learn.final_record = row
+        self.values.append(row)
+        spent = format_time(time.perf_counter() - self.start)
+        self.log = [self.epoch, *row, *[spent] * self.add_time]
+        in_table = self.logger is print and 'progress' in vars(self.learn)
+        (self.progress.write_row if in_table else self.logger)(self.log)
+
+    def plot_loss(self, skip_start=5, with_valid=True, log=False, show_epochs=False,
+                  ax=None):
+        """Draw the smoothed training loss from batch `skip_start` on; returns the axes.
+
+        with_valid: and the validation loss of each epoch. log: logarithmic axis.
+        show_epochs: mark the ends of epochs. ax: matplotlib axes to draw into.
+        """
+        ax, losses = ax or new_axes(), [float(loss) for loss in self.losses]
+        ax.plot(range(skip_start, len(losses)), losses[skip_start:], label='train')
+        if with_valid and self.valid_mets:
+            valid = [row[len(self.train_mets)] for row in self.values]
+            ax.plot(self.iters, valid, '.-', label='valid')
+        for i in self.iters * show_epochs:
+            ax.axvline(i, color='lightgray', zorder=0)
+        ax.set(xlabel='batch', ylabel='loss', yscale='log' if log else 'linear')
+        ax.legend()
+        return ax
+
+def new_axes():
+    """Axes in a new matplotlib figure."""
+    import matplotlib.pyplot as plt
+    return plt.subplots(layout='constrained')[1]
+
+def format_time(seconds):
+    """'mm:ss', or 'h:mm:ss' from an hour on."""
+    minutes, s = divmod(round(seconds), 60)
+    h, m = divmod(minutes, 60)
+    return f'{h}:{m:02}:{s:02}' if h else f'{m:02}:{s:02}'
+
+class ProgressCallback(Callback):
+    """Prints the rows of the Recorder as a table, and a bar that moves meanwhile.
+
+    The bar needs a terminal or a notebook. It is drawn at most 10 times a second, since
+    reading the loss waits for the device. If `learn.logger` is not `print`, or there is
+    no Recorder, this does nothing: somebody else shows the rows.
+    """
+    order = 55
+
+    def before_fit(self):
+        self.shows = self.logger is print and 'recorder' in vars(self.learn)
+        is_live = sys.stdout.isatty() or 'ipykernel' in sys.modules
+        self.has_bar = self.shows and is_live
+        self.drawn = ''
+        if self.shows:
+            self.write_row(self.recorder.metric_names)
+
+    def before_train(self):
+        self.start = self.last_time = time.perf_counter()
+
+    before_validate = before_train
+
+    def after_batch(self):
+        if self.has_bar and time.perf_counter() - self.last_time > 0.1:
+            self.last_time = time.perf_counter()
+            self.draw(self.bar_text(self.last_time - self.start))
+
+    def after_fit(self):
+        self.draw('')
+
+    def bar_text(self, seconds):
+        done, total, loss = self.iter + 1, self.n_iter, self.learn.smooth_loss
+        phase = 'train' if self.training else 'valid'
+        text = f'epoch {self.epoch + 1}/{self.n_epoch} {phase}'
+        if total:
+            left = format_time(seconds / done * (total - done))
+            text += f" |{'#' * (20 * done // total):20}| {done}/{total}, {left} left"
+        text += f', {done / seconds:.0f} batches/s'
+        return text if loss is None else f'{text}, loss {float(loss):.4f}'
+
+    def draw(self, text):
+        text = text[:shutil.get_terminal_size().columns - 1]
+        if text or self.drawn:
+            padded = text.ljust(len(self.drawn))
+            print(f'\r{padded}', end='' if text else '\r', flush=True)
+        self.drawn = text
+
+    def write_row(self, row):
+        self.draw('')
+        widths = [max(len(name), 5, 10 * (name != 'epoch')) for name in
+                  self.recorder.metric_names]
+        print('  '.join(format_cell(v, w) for v, w in zip(row, widths)), flush=True)
+
+def format_cell(v, width):
+    """A cell of the table: floats with six decimals, or in short if they do not fit."""
+    text = '' if v is None else f'{v:.6f}' if isinstance(v, float) else str(v)
+    return (text if len(text) <= width else f'{v:.3e}').rjust(width)
+
+defaults.callbacks += [Recorder, ProgressCallback]
+
+# --------------------------------------------------------------------------------------
+# 9. Schedules: hyper-parameters as functions of the progress of training
+#    Needs: 4 to 6. Tested by: lesson 9.
+# --------------------------------------------------------------------------------------
+
+def annealer(f):
+    """Decorator: `f(start, end, pos)` becomes `g(start, end)`, a function of `pos`.
+
+    start, end: numbers, or lists with one number per parameter group. pos: 0 to 1.
+    """
+    def at(start, end, pos):
+        if isinstance(start, (list, tuple)):
+            return [f(s, e, pos) for s, e in zip(start, end)]
+        return f(start, end, pos)
+    return lambda start, end: functools.partial(at, start, end)
+
+def sched_cos(start, end, pos):
+    """Along half a cosine: slow, fast, slow."""
+    return start + (1 - math.cos(math.pi * pos)) * (end - start) / 2
+
+SchedCos = annealer(sched_cos)
+
+def combine_scheds(pcts, scheds):
+    """Play schedules one after another; `pcts` are their shares and sum to 1.
+
+    Each sees `pos` from 0 to 1 of its own part. Raises: ValueError for bad shares.
+    """
+    ok = len(pcts) == len(scheds) and min(pcts) >= 0 and abs(sum(pcts) - 1) < 1e-6
+    check(ok, f"pcts={pcts}, {len(scheds)} schedules: give shares >= 0 that sum to 1")
+    starts = [sum(pcts[:i]) for i in range(len(pcts))]
+
+    def at(pos):
+        i = max(i for i, start in enumerate(starts) if pos >= start)
+        return scheds[i](min(1., (pos - starts[i]) / pcts[i]) if pcts[i] else 1.)
+    return at
+
+def combined_cos(pct, start, middle, end):
+    """By cosines from `start` to `middle` for the share `pct`, then on to `end`."""
+    scheds = [SchedCos(start, middle), SchedCos(middle, end)]
+    return combine_scheds([pct, 1 - pct], scheds)
+
+class ParamScheduler(Callback):
+    """Sets hypers before each training batch: `{name: function of pct_train}`.
+
+    hps: what was set, a list per name; after the fit it is also `recorder.hps`.
+    Raises: ValueError if the training loader has no length.
+    """
+    order, run_valid = 60, False
+
+    def __init__(self, scheds):
+        self.scheds = scheds
+
+    def before_fit(self):
+        known = loader_len(self.dls.train) is not None
+        check(known, "a schedule needs the length of an epoch: give the loader __len__")
+        self.hps = {name: [] for name in self.scheds}
+
+    def before_batch(self):
+        for name, sched in self.scheds.items():
+            value = sched(self.pct_train)
+            self.opt.set_hyper(name, value)
+            self.hps[name].append(listify(value)[-1])
+
+    def after_fit(self):
+        if 'recorder' in vars(self.learn):
+            self.recorder.hps = self.hps
+
+def fit_one_cycle(learn, n_epoch, lr_max=None, div=25., div_final=1e5, pct_start=0.25,
+                  wd=None, moms=None, cbs=None, reset_opt=False, start_epoch=0):
+    """Fit while the learning rate rises, then falls, and momentum does the opposite.
+
+    lr_max: highest rate, by group as in `Optimizer.set_hyper`; default: `learn.lr`. It
+    starts at lr_max / div, peaks after the share `pct_start`, ends at lr_max /
+    div_final. moms: momentum at the start, the peak and the end; default: `learn.moms`.
+    Optimizers without momentum ignore it. The others: see `Learner.fit`.
+    Source: Smith and Topin, 'Super-Convergence', 2018.
+    """
+    lr_max, moms = learn.lr if lr_max is None else lr_max, moms or learn.moms
+    check_not_negative('lr_max', lr_max)
+    peak = learn.ensure_opt(reset_opt).per_group('lr', lr_max)
+    start, end = [lr / div for lr in peak], [lr / div_final for lr in peak]
+    scheds = {'lr': combined_cos(pct_start, start, peak, end),
+              'mom': combined_cos(pct_start, *moms)}
+    cbs = [ParamScheduler(scheds), *listify(cbs)]
+    learn.fit(n_epoch, peak, wd, cbs, start_epoch=start_epoch)
+
+# --------------------------------------------------------------------------------------
+# 11. Saving: files that open with stock torch.load, and never run code
+#     Needs: 2, 4, 6. Tested by: lesson 11.
+# --------------------------------------------------------------------------------------
+
+def bare_model(model):
+    """The model inside wrappers such as those of torch.compile and DataParallel."""
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while isinstance(model, parallel) or hasattr(model, '_orig_mod'):
+        model = model.module if isinstance(model, parallel) else model._orig_mod
+    return model
+
+def bare_state(model):
+    """State dict of `model` under the keys that it has if no part is wrapped."""
+    state = bare_model(model).state_dict()
+    return {k.replace('_orig_mod.', ''): v for k, v in state.items()}
+
+def save_model(file, model, opt, with_opt=True, pickle_protocol=2):
+    """Write the state dict of `model` and, if given and `with_opt`, that of `opt`.
+
+    file: a path, whose missing folders are made, or an open file; returned. With an
+    optimizer it holds `{'model': ..., 'opt': ...}`, else the bare state dict. A path is
+    replaced in one go, after all is written.
+    Raises: OSError or RuntimeError if that fails; the previous file is then as before.
+    """
+    state = bare_state(model)
+    if with_opt and opt is not None:
+        state = {'model': state, 'opt': opt.state_dict()}
+    save_state(state, file, pickle_protocol)
+    return file
+
+def save_state(state, file, pickle_protocol=2):
+    """`torch.save`, to a path in one go: a crash or full disk leaves what was there."""
+    if hasattr(file, 'write'):
+        return torch.save(state, file, pickle_protocol=pickle_protocol)
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f'{file.name}.{os.getpid()}.tmp')
+    try:
+        with open(unfinished, 'wb') as f:
+            torch.save(state, f, pickle_protocol=pickle_protocol)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(unfinished, file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+def load_state(file, device=None):
+    """What `save_state` wrote, on `device` (default: the CPU); runs no code of it.
+
+    Raises: FileNotFoundError; ValueError, naming the file, for a damaged or foreign
+    one.
+    """
+    try:
+        with nullcontext(file) if hasattr(file, 'read') else open(file, 'rb') as f:
+            start, broken = f.tell(), zipfile.ZipFile(f).testzip()
+            check(broken is None, f"wrong checksum in {broken}")
+            f.seek(start)
+            return torch.load(f, map_location=device or 'cpu', weights_only=True)
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f"there is no file {file}") from e
+    except Exception as e:
+        raise ValueError(f"{file} is no intact file of torch.save: {e!r}") from e
+
+def load_model(file, model, opt, with_opt=None, device=None, strict=True):
+    """Load what `save_model` wrote into `model` and `opt`, wherever these live.
+
+    file: a path or an open file; no code in it is run. with_opt: whether to load the
+    optimizer; default: if it is in the file. device: where the file is read to
+    (default: the CPU). strict: the file must have all keys of the model, and no others.
+    Raises: FileNotFoundError; ValueError, naming the file and the keys, if it is
+    damaged or does not fit. Then nothing has changed.
+    """
+    state = load_state(file, device)
+    check(isinstance(state, dict), f"{file} holds no model: {type(state).__name__}")
+    both = state.keys() == {'model', 'opt'}
+    weights, opt_state = (state['model'], state['opt']) if both else (state, None)
+    check_weights(file, weights, model, strict)
+    ok = not with_opt or None not in (opt, opt_state)
+    check(ok, f"with_opt=True, but {file} or the learner has none: leave it out")
+    if opt is not None and opt_state is not None and with_opt is not False:
+        try:
+            opt.load_state_dict(opt_state)
+        except (ValueError, KeyError, TypeError) as e:
+            raise ValueError(f"{file}: its optimizer does not fit, {e}; to leave it "
+                             "out, use with_opt=False") from e
+    own = zip(bare_state(model), bare_model(model).state_dict())
+    weights = {k: weights[bare] for bare, k in own if bare in weights}
+    bare_model(model).load_state_dict(weights, strict=False)
+
+def check_weights(file, weights, model, strict):
+    """Raise ValueError, listing them, for keys or shapes in which the two differ."""
+    shapes, own = ({k: list(getattr(v, 'shape', ())) for k, v in state.items()}
+                   for state in (weights, bare_state(model)))
+    wrong = [f'{k} is {shapes[k]}, not {own[k]}' for k in own
+             if shapes.get(k, own[k]) != own[k]]
+    if strict and shapes.keys() != own.keys():
+        wrong += [f'lacks {k}' for k in own.keys() - shapes]
+        wrong += [f'has {k} too many' for k in shapes.keys() - own]
+    check(not wrong, f"{file} does not fit the model: {'; '.join(sorted(wrong))}")
+
+# --------------------------------------------------------------------------------------
+# 14. Demo: a small network learns MNIST-1D
+#     Needs: all above. Tested by: lesson 14.
+# --------------------------------------------------------------------------------------
+
+def small_cnn():
+    """A network for `mnist1d`: (B, 1, 40) signals to (B, 10) scores; 24,000 weights."""
+    def block(n_in, n_out, stride):
+        conv = nn.Conv1d(n_in, n_out, 3, stride, padding=1, bias=False)
+        return nn.Sequential(conv, nn.BatchNorm1d(n_out), nn.ReLU())
+    body = nn.Sequential(block(1, 16, 1), block(16, 32, 2), block(32, 32, 1),
+                         block(32, 64, 2), block(64, 64, 1))
+    head = nn.Sequential(nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(64, 10))
+    return nn.Sequential(body, head)
+
+def demo(argv=None):
+    """Train `small_cnn` on MNIST-1D, draw what happened, say how well it went.
+
+    argv: a list of command line arguments; default: those of the process.
+    Returns: the test accuracy, a float from 0 to 1.
+    """
+    parser = argparse.ArgumentParser(description="A small network learns MNIST-1D.")
+    parser.add_argument('--epochs', type=int, default=15, help="default: %(default)s")
+    parser.add_argument('--device', help="cpu, cuda, ...; default: the best at hand")
+    parser.add_argument('--out', default='.', help="folder of the figure; default: .")
+    parser.add_argument('--seed', type=int, default=0, help="default: %(default)s")
+    args, start = parser.parse_args(argv), time.perf_counter()
+    set_seed(args.seed)
+    train, test = mnist1d()
+    dls = DataLoaders.from_tensors(*train, valid=test, device=args.device)
+    learn = Learner(dls, small_cnn(), nn.CrossEntropyLoss(), metrics=accuracy)
+    learn.fit_one_cycle(args.epochs, 1e-2)
+    score, file = learn.final_record[-1], draw_demo(learn, Path(args.out))
+    print(f"test accuracy {score:.1%} (published CNN: 94 %), "
+          f"{time.perf_counter() - start:.0f} seconds on {dls.device}, figure: {file}")
+    return score
+
+def draw_demo(learn, folder):
+    """Draw loss, learning rate and nine predictions; returns the file."""
+    import matplotlib.pyplot as plt
+    figure = plt.figure(figsize=(11, 5.5), layout='constrained')
+    left, right = figure.subfigures(1, 2)
+    top, bottom = left.subplots(2, 1)
+    learn.recorder.plot_loss(ax=top)
+    bottom.plot(learn.recorder.lrs)
+    bottom.set(xlabel='batch', ylabel='learning rate')
+    x, y = learn.dls.valid_ds[:9]
+    with torch.no_grad():
+        pred = learn.model(x).argmax(1)
+    right.suptitle('predicted (true)')
+    show_samples(x, [f'{p} ({t})' for p, t in zip(pred, y)], right)
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / 'minilearner_demo.png')
+    return folder / 'minilearner_demo.png'
+
+if __name__ == '__main__':
+    demo()
