@@ -388,7 +388,7 @@ def show_samples(xs, titles=None, figure=None):
     for ax, x, title in zip(axs.flat, xs, titles or [''] * len(xs)):
         x = x.detach().float().cpu().squeeze()
         draw = functools.partial(ax.imshow, cmap='gray') if x.dim() > 1 else ax.plot
-        draw(x.movedim(0, -1) if x.dim() == 3 else x)
+        draw((x.movedim(0, -1) if x.dim() == 3 else x).numpy())
         ax.set_title(title, fontsize=9)
     return axs
 
@@ -564,8 +564,9 @@ class Optimizer:
         between; or `slice(b)`: b for the last group, b / 10 for the others.
         Raises: ValueError for a list of another length, or a learning rate below 0.
         """
-        check_not_negative('lr', v if k == 'lr' else 0)
-        for i, value in enumerate(self.per_group(k, v)):
+        values = self.per_group(k, v)
+        check_not_negative(k, v if k == 'lr' else 0)
+        for i, value in enumerate(values):
             self._set(i, k, value)
 
     def _set(self, i, k, value):
@@ -765,9 +766,9 @@ class OptimWrapper(Optimizer):
 # exception ends a part early: then `after_cancel_...` comes just before `after_...`.
 
 EVENTS = tuple("""after_create before_fit before_epoch before_train before_batch
-    after_pred after_loss before_backward after_cancel_backward after_backward before_step
-    after_cancel_step after_step after_cancel_batch after_batch after_cancel_train
-    after_train before_validate after_cancel_validate after_validate after_cancel_epoch
+    after_pred after_loss before_backward after_cancel_backward after_backward
+    before_step after_cancel_step after_step after_cancel_batch after_batch
+    after_cancel_train after_train before_validate after_cancel_validate after_validate after_cancel_epoch
     after_epoch after_cancel_fit after_fit""".split())
 BATCH_EVENTS = EVENTS[EVENTS.index('before_batch'):EVENTS.index('after_batch') + 1]
 
@@ -941,7 +942,8 @@ class Learner:
         self.metrics = [mk_metric(m) for m in listify(metrics)]
         self.path, self.model_dir = Path(dls.path if path is None else path), model_dir
         self.logger, self.opt, self.training, self.completed = print, None, False, True
-        self.epoch, self.n_epoch, self._cbs, self._opt_params = 0, 1, [], None
+        self.epoch, self.n_epoch, self.train_iter, self.pct_train = 0, 1, 0, 0.
+        self._cbs, self._opt_params = [], None
         self._forget_batch()
         self.loss = torch.tensor(0.)
         self.cbs = [*(defaults.callbacks if default_cbs else []), *listify(cbs)]
@@ -959,7 +961,6 @@ class Learner:
         epochs = range(start_epoch, n_epoch)
         check(0 <= start_epoch <= n_epoch, f"n_epoch={n_epoch}, start_epoch="
               f"{start_epoch}: give 0 <= start_epoch <= n_epoch")
-        check_not_negative('lr', lr)
         with self.added_cbs(cbs):
             opt = self.ensure_opt(reset_opt)
             opt.set_hypers(lr=lr, **({} if wd is None else {'wd': wd}))
@@ -1078,9 +1079,10 @@ class Learner:
     def cbs(self, cbs):
         """Register these callbacks, and no others; see `add_cbs`."""
         cbs = [cb() if isinstance(cb, type) else cb for cb in listify(cbs)]
+        for cb in cbs:
+            check(isinstance(cb, Callback), f"{cb!r} is no callback", TypeError)
         taken = {*dir(type(self)), *vars(self)} - {cb.name for cb in self._cbs}
         for i, cb in enumerate(cbs):
-            check(isinstance(cb, Callback), f"{cb!r} is no callback", TypeError)
             kinds = {type(o) for o in cbs if o.name == cb.name}
             free = cb.name not in taken and len(kinds) == 1 and cb not in cbs[:i]
             check(free, f"callback {cb!r}: the name {cb.name!r} is taken: rename it")
@@ -1417,7 +1419,7 @@ class Recorder(Callback):
     time; what a cancelled pass would have filled is None. `learn.final_record`: the
     last of them.
     """
-    order = 50
+    order, train_mets = 50, ()
 
     def __init__(self, add_time=True, train_metrics=False, valid_metrics=True,
                  beta=0.98):
@@ -1437,12 +1439,10 @@ class Recorder(Callback):
         valid *= len(self.valid_mets) > 0
         names = ['epoch', 'train_loss', *train, *valid, 'time']
         self.metric_names = names if self.add_time else names[:-1]
-        self.learn.smooth_loss = None
+        self.learn.smooth_loss, self.done = None, {}
 
     def before_epoch(self):
         self.start = time.perf_counter()
-        self.rows = {'train': [None] * len(self.train_mets),
-                     'valid': [None] * len(self.valid_mets)}
 
     def before_train(self):
         for m in self.train_mets[1:]:
@@ -1454,8 +1454,8 @@ class Recorder(Callback):
 
     def after_batch(self):
         learn = self.learn
-        if not learn.completed or not learn.yb:
-            return
+        if not learn.completed or not learn.yb or not self.train_mets:
+            return      # cancelled; or nothing to measure; or outside of a fit
         for m in self.train_mets if learn.training else self.valid_mets:
             m.accumulate(learn)
         if learn.training:
@@ -1466,16 +1466,18 @@ class Recorder(Callback):
     def after_train(self):
         self.iters.append(len(self.losses))
         if self.completed:
-            self.rows['train'] = [plain_number(m.value) for m in self.train_mets]
+            self.done['train'] = [plain_number(m.value) for m in self.train_mets]
 
     def after_validate(self):
         if self.completed:
-            self.rows['valid'] = [plain_number(m.value) for m in self.valid_mets]
+            self.done['valid'] = [plain_number(m.value) for m in self.valid_mets]
 
     def after_epoch(self):
-        row = self.rows['train'] + self.rows['valid']
-        if row.count(None) == len(row):
+        done, self.done = self.done, {}
+        if not done:
             return      # an epoch that was skipped
+        row = [*done.get('train', [None] * len(self.train_mets)),
+               *done.get('valid', [None] * len(self.valid_mets))]
         self.learn.final_record = row
         self.values.append(row)
         spent = format_time(time.perf_counter() - self.start)
@@ -1519,7 +1521,7 @@ class ProgressCallback(Callback):
     reading the loss waits for the device. If `learn.logger` is not `print`, or there is
     no Recorder, this does nothing: somebody else shows the rows.
     """
-    order = 55
+    order, has_bar, drawn = 55, False, ''
 
     def before_fit(self):
         self.shows = self.logger is print and 'recorder' in vars(self.learn)
@@ -1548,7 +1550,7 @@ class ProgressCallback(Callback):
         text = f'epoch {self.epoch + 1}/{self.n_epoch} {phase}'
         if total:
             left = format_time(seconds / done * (total - done))
-            text += f" |{'#' * (20 * done // total):20}| {done}/{total}, {left} left"
+            text += f" |{'#' * (10 * done // total):10}| {done}/{total}, {left} left"
         text += f', {done / seconds:.0f} batches/s'
         return text if loss is None else f'{text}, loss {float(loss):.4f}'
 
@@ -1568,7 +1570,7 @@ class ProgressCallback(Callback):
 def format_cell(v, width):
     """A cell of the table: floats with six decimals, or in short if they do not fit."""
     text = '' if v is None else f'{v:.6f}' if isinstance(v, float) else str(v)
-    return (text if len(text) <= width else f'{v:.3e}').rjust(width)
+    return (text if len(text) <= width else f'{v:.2e}').rjust(width)
 
 defaults.callbacks += [Recorder, ProgressCallback]
 
@@ -1650,7 +1652,6 @@ def fit_one_cycle(learn, n_epoch, lr_max=None, div=25., div_final=1e5, pct_start
     Source: Smith and Topin, 'Super-Convergence', 2018.
     """
     lr_max, moms = learn.lr if lr_max is None else lr_max, moms or learn.moms
-    check_not_negative('lr_max', lr_max)
     peak = learn.ensure_opt(reset_opt).per_group('lr', lr_max)
     start, end = [lr / div for lr in peak], [lr / div_final for lr in peak]
     scheds = {'lr': combined_cos(pct_start, start, peak, end),
@@ -1732,31 +1733,33 @@ def load_model(file, model, opt, with_opt=None, device=None, strict=True):
     damaged or does not fit. Then nothing has changed.
     """
     state = load_state(file, device)
-    check(isinstance(state, dict), f"{file} holds no model: {type(state).__name__}")
-    both = state.keys() == {'model', 'opt'}
+    both = isinstance(state, dict) and state.keys() == {'model', 'opt'}
     weights, opt_state = (state['model'], state['opt']) if both else (state, None)
-    check_weights(file, weights, model, strict)
+    check(isinstance(weights, dict), f"{file} holds no model but a {type(weights).__name__}")
+    own = {k.replace('_orig_mod.', ''): k for k in bare_model(model).state_dict()}
+    bare = {k.replace('_orig_mod.', ''): v for k, v in weights.items()}
+    bare = {k if k in own else k.removeprefix('module.'): v for k, v in bare.items()}
+    check_weights(file, bare, bare_state(model), strict)
     ok = not with_opt or None not in (opt, opt_state)
     check(ok, f"with_opt=True, but {file} or the learner has none: leave it out")
     if opt is not None and opt_state is not None and with_opt is not False:
         try:
             opt.load_state_dict(opt_state)
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"{file}: its optimizer does not fit, {e}; to leave it "
                              "out, use with_opt=False") from e
-    own = zip(bare_state(model), bare_model(model).state_dict())
-    weights = {k: weights[bare] for bare, k in own if bare in weights}
+    weights = {own[k]: v for k, v in bare.items() if k in own}
     bare_model(model).load_state_dict(weights, strict=False)
 
-def check_weights(file, weights, model, strict):
-    """Raise ValueError, listing them, for keys or shapes in which the two differ."""
-    shapes, own = ({k: list(getattr(v, 'shape', ())) for k, v in state.items()}
-                   for state in (weights, bare_state(model)))
-    wrong = [f'{k} is {shapes[k]}, not {own[k]}' for k in own
-             if shapes.get(k, own[k]) != own[k]]
-    if strict and shapes.keys() != own.keys():
-        wrong += [f'lacks {k}' for k in own.keys() - shapes]
-        wrong += [f'has {k} too many' for k in shapes.keys() - own]
+def check_weights(file, weights, own, strict):
+    """Raise ValueError, listing them, for keys or shapes in which two states differ."""
+    def kind(v):
+        return list(v.shape) if isinstance(v, torch.Tensor) else type(v).__name__
+    wrong = [f'{k} is {kind(weights[k])}, not {kind(own[k])}'
+             for k in own.keys() & weights if kind(weights[k]) != kind(own[k])]
+    if strict:
+        wrong += [f'lacks {k}' for k in own.keys() - weights]
+        wrong += [f'has {k} too many' for k in weights.keys() - own]
     check(not wrong, f"{file} does not fit the model: {'; '.join(sorted(wrong))}")
 
 # --------------------------------------------------------------------------------------

@@ -1,0 +1,2171 @@
+"""Tests of minilearner.py. They are also its lessons, in the order of the file.
+
+    python -m pytest                 all of them
+    python -m pytest -k optimizer    those with a word in their name
+
+PyTorch and the plain loop are the oracles. Everything runs offline and without a GPU; with
+a GPU, the tests marked `needs_cuda` run as well.
+"""
+import ast
+import contextlib
+import copy
+import doctest
+import functools
+import io
+import math
+import os
+import pickle
+import random
+import re
+import subprocess
+import sys
+import types
+import warnings
+from pathlib import Path
+
+os.environ.setdefault('MPLBACKEND', 'Agg')      # draw without a screen
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))       # the minilearner.py beside this file, wherever we are
+
+import minilearner as ml
+
+SOURCE = (HERE / 'minilearner.py').read_text(encoding='utf-8')
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def lesson(title, exercises, hint, read):
+    """Open a lesson: the tests below, up to the next call, check `exercises`."""
+
+
+# -------------------------------------------------------------------- made-up data to train on
+
+def line_data(n=64, seed=0):
+    """Points on y = 2x + 3 with some noise: x and y of shape (n, 1)."""
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 1, generator=rng)
+    return x, 2 * x + 3 + 0.1 * torch.randn(n, 1, generator=rng)
+
+
+def line_dls(n_train=64, n_valid=24, bs=16, **kwargs):
+    return ml.DataLoaders(ml.TensorLoader(*line_data(n_train), bs=bs),
+                          ml.TensorLoader(*line_data(n_valid, 1), bs=bs),
+                          **{'device': 'cpu', **kwargs})
+
+
+class Line(nn.Module):
+    """y = a * x + b, from a fixed start."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.tensor(-0.5))
+
+    def forward(self, x):
+        return self.a * x + self.b
+
+
+def line_learner(dls=None, model=None, **kwargs):
+    """A Learner on the line that prints nothing."""
+    model = Line() if model is None else model      # a compiled module has no truth value
+    learn = ml.Learner(dls or line_dls(), model, kwargs.pop('loss_func', F.mse_loss),
+                       **{'lr': 0.1, **kwargs})
+    learn.logger = lambda row: None
+    return learn
+
+
+def small_net(seed=0, n_in=10, n_out=3):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(n_in, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, n_out))
+
+
+def class_batches(n_batches=4, bs=8, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    return [(torch.randn(bs, 10, generator=rng), torch.randint(3, (bs,), generator=rng))
+            for _ in range(n_batches)]
+
+
+def weights(model):
+    return [p.detach().clone() for p in model.state_dict().values()]
+
+
+def same(a, b):
+    return len(a) == len(b) and all(torch.equal(s, t) for s, t in zip(a, b))
+
+
+class EventLog(ml.Callback):
+    """Writes down every event."""
+
+    order = 99
+
+    def __init__(self):
+        self.events = []
+
+
+for _name in ml.EVENTS:
+    setattr(EventLog, _name, lambda self, _name=_name: self.events.append(_name))
+
+
+class RaiseAt(ml.Callback):
+    """Raises `error` at the first `event` it sees in the phase `training`."""
+
+    order = 100
+
+    def __init__(self, event, error, training=None):
+        self.wanted, self.error, self.in_training, self.done = event, error, training, False
+
+    def see(self, name):
+        right_phase = self.in_training is None or self.learn.training == self.in_training
+        if name == self.wanted and right_phase and not self.done:
+            self.done = True
+            raise self.error
+
+
+for _name in ml.EVENTS:
+    setattr(RaiseAt, _name, lambda self, _name=_name: self.see(_name))
+
+
+# =============================================================================================
+lesson("The plain loop", "fit_plain",
+       hint="five lines train: predict and compare, backward, step, zero_grad, next batch",
+       read="section 1")
+
+
+def test_plain_loop_is_gradient_descent():
+    model, batch = Line(), (torch.tensor([[2.]]), torch.tensor([[1.]]))
+    ml.fit_plain(model, [batch], [batch], F.mse_loss, torch.optim.SGD(model.parameters(), 0.1), 1)
+    # pred = 0.5 * 2 - 0.5 = 0.5; loss = (0.5 - 1)**2; dloss/dpred = -1; da = -2, db = -1
+    assert model.a.item() == pytest.approx(0.5 + 0.2), "a -= lr * da"
+    assert model.b.item() == pytest.approx(-0.5 + 0.1), "b -= lr * db"
+    assert model.a.grad is None, "zero_grad ends every step: old gradients must not add up"
+
+
+def test_plain_loop_weighs_a_small_last_batch_rightly():
+    model, (x, y) = Line(), line_data(10)
+    opt = torch.optim.SGD(model.parameters(), 0.)
+    batches = [(x[:8], y[:8]), (x[8:], y[8:])]
+    losses = ml.fit_plain(model, batches, batches, F.mse_loss, opt, 2)
+    assert losses == pytest.approx([F.mse_loss(model(x), y).item()] * 2), \
+        "2 rows of 10 are a fifth of the mean, not a half"
+    assert not model.training, "after validation the model is in evaluation mode"
+
+
+def test_plain_loop_learns():
+    model, dls = Line(), line_dls()
+    opt = torch.optim.SGD(model.parameters(), 0.1)
+    losses = ml.fit_plain(model, dls.train, dls.valid, F.mse_loss, opt, 10)
+    assert losses[-1] < 0.05 < losses[0] and model.a.item() == pytest.approx(2, abs=0.2)
+
+
+# =============================================================================================
+lesson("Small tools", "check check_not_negative add_note listify detuplify class2attr "
+       "replacing_yield plain_number default_device map_tensors to_device gather_rows to_detach "
+       "to_detach_from_dl find_bs set_seed trainable_params norm_bias_params",
+       hint="map_tensors calls itself on the items of tuples, lists and dicts", read="section 2")
+
+
+def test_listify_and_detuplify():
+    assert [ml.listify(o) for o in (None, [1], (1, 2), 'ab', 0)] == [[], [1], [1, 2], ['ab'], [0]]
+    given = [1]
+    assert ml.listify(given) is not given, "a new list: changing it must not change the old one"
+    assert ml.detuplify((1,)) == 1 and ml.detuplify((1, 2)) == (1, 2) and ml.detuplify(()) == ()
+
+
+@pytest.mark.parametrize('name, attr', [
+    ('TrainEvalCallback', 'train_eval'), ('Tst', 'tst'), ('MixUpCallback', 'mix_up'),
+    ('RNNRegularizer', 'rnn_regularizer'), ('Fp16Callback', 'fp16'), ('Callback', 'callback')])
+def test_class2attr(name, attr):
+    assert ml.class2attr(type(name, (), {})(), 'Callback') == attr
+
+
+def test_replacing_yield_restores_even_after_an_error():
+    o = types.SimpleNamespace(a=42)
+    replaced = contextlib.contextmanager(ml.replacing_yield)
+    with replaced(o, 'a', 32):
+        assert o.a == 32
+    assert o.a == 42
+    with pytest.raises(KeyError), replaced(o, 'a', 32):
+        raise KeyError
+    assert o.a == 42, "the old value comes back in `finally`"
+
+
+def test_checks_name_value_rule_and_fix():
+    for good in (0, 0.1, [0.1, 2], slice(1e-3), slice(1e-5, 1e-3), None):
+        ml.check_not_negative('lr', good)
+    for bad in (-1, [0.1, -1], slice(-1e-5, 1e-3), float('nan')):
+        with pytest.raises(ValueError, match='lr=.*at least 0'):
+            ml.check_not_negative('lr', bad)
+    with pytest.raises(TypeError, match='no'):
+        ml.check([], 'no', TypeError)
+
+
+def test_plain_number():
+    got = [ml.plain_number(v) for v in (torch.tensor(2.), torch.tensor([3]), 4, 'a', None)]
+    assert got == [2., 3, 4, 'a', None] and type(got[1]) is int
+    t = torch.zeros(2)
+    assert ml.plain_number(t) is t, "a tensor of several values is no number"
+
+
+Pair = __import__('collections').namedtuple('Pair', 'x y')
+
+
+def test_map_tensors_keeps_the_structure():
+    b = (torch.ones(2), [torch.ones(1), 'text'], {'k': Pair(torch.ones(3), 5)})
+    got = ml.map_tensors(lambda t: t * 2, b)
+    assert type(got) is tuple and type(got[1]) is list and type(got[2]['k']) is Pair
+    assert got[0].tolist() == [2, 2] and got[1][1] == 'text' and got[2]['k'].y == 5
+    assert got[2]['k'].x.tolist() == [2, 2, 2]
+
+
+def test_to_device_and_to_detach():
+    t = torch.ones(2, requires_grad=True)
+    moved = ml.to_device((t, [t]), 'meta')
+    assert moved[0].device.type == moved[1][0].device.type == 'meta'
+    assert ml.to_device(torch.ones(1)).device.type == ml.default_device().type
+    cut = ml.to_detach((t * 2, {'k': t * 3}))
+    assert not cut[0].requires_grad and not cut[1 - 0]['k'].requires_grad, "cut from the graph"
+    assert cut[0].device.type == 'cpu'
+
+
+def test_default_device_prefers_cuda_then_mps(monkeypatch):
+    for cuda, mps, expected in [(True, True, 'cuda'), (False, True, 'mps'), (False, False, 'cpu')]:
+        monkeypatch.setattr(torch.cuda, 'is_available', lambda: cuda)
+        monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: mps)
+        assert ml.default_device().type == expected
+
+
+def test_to_detach_from_dl_asks_the_loader_first():
+    learn = types.SimpleNamespace(dl=[])
+    assert ml.to_detach_from_dl(learn, torch.ones(2)).tolist() == [1, 1]
+    learn.dl = types.SimpleNamespace(to_detach=lambda b, cpu, gather: (b, cpu, gather))
+    assert ml.to_detach_from_dl(learn, 7, cpu=False) == (7, False, True)
+
+
+GATHER = """
+import sys, torch, torch.distributed as dist
+sys.path.insert(0, sys.argv[1])
+import minilearner as ml
+rank = int(sys.argv[2])
+dist.init_process_group('gloo', init_method='file://' + sys.argv[3], rank=rank, world_size=2)
+b = (torch.full((2, 3), float(rank)), torch.tensor(float(rank)))
+rows, scalars = ml.to_detach(b)
+assert rows.shape == (4, 3) and rows[:, 0].tolist() == [0, 0, 1, 1], rows
+assert scalars.tolist() == [0, 1], scalars
+assert ml.to_detach(b, gather=False)[0].shape == (2, 3)
+dist.destroy_process_group()
+"""
+
+
+def test_to_detach_joins_the_rows_of_two_processes(tmp_path):
+    args = [sys.executable, '-c', GATHER, str(HERE)]
+    procs = [subprocess.Popen([*args, str(rank), str(tmp_path / 'meet')], text=True,
+                              stderr=subprocess.PIPE) for rank in (0, 1)]
+    errors = [p.communicate(timeout=60)[1] for p in procs]
+    assert [p.returncode for p in procs] == [0, 0], errors
+
+
+def test_find_bs_is_the_rows_of_the_first_tensor():
+    t = torch.zeros(5, 2)
+    assert [ml.find_bs(b) for b in (t, (t,), [(t, 1)], {'a': t}, (torch.zeros(7), t))] == [5] * 4 + [7]
+    assert ml.find_bs((None,) * 0) == 0, "no target, no rows"
+
+
+def test_set_seed_decides_all_random_numbers():
+    import numpy
+    def draw():
+        ml.set_seed(7)
+        return random.random(), numpy.random.rand(), torch.rand(1).item(), F.dropout(torch.ones(9)).tolist()
+    assert draw() == draw()
+    ml.set_seed(2**40)      # larger than NumPy's seeds
+
+
+def test_set_seed_reproducible_asks_cudnn(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, 'deterministic', False)
+    monkeypatch.setattr(torch.backends.cudnn, 'benchmark', True)
+    ml.set_seed(1)
+    assert torch.backends.cudnn.benchmark, "only on demand: it costs speed"
+    ml.set_seed(1, reproducible=True)
+    assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+
+
+def test_parameters_by_kind():
+    model = small_net()
+    model[0].bias.requires_grad_(False)
+    assert [p.shape for p in ml.trainable_params(model)] == [p.shape for p in model.parameters()
+                                                             if p.requires_grad]
+    def ids(params): return {id(p) for p in params}
+    norm = ids(model[1].parameters())
+    assert ids(ml.norm_bias_params(model, with_bias=False)) == norm
+    assert ids(ml.norm_bias_params(model)) == norm | ids([model[0].bias, model[3].bias])
+    lstm = nn.LSTM(2, 2)
+    assert len(ml.norm_bias_params(lstm)) == 2, "bias_ih_l0 and bias_hh_l0 are biases, too"
+    assert len(ml.norm_bias_params(nn.Sequential(nn.GroupNorm(1, 2), nn.LayerNorm(2)), False)) == 4
+
+
+def test_notes_show_up_with_the_error():
+    e = ValueError('a')
+    ml.add_note(e, 'one')
+    ml.add_note(e, 'two')
+    assert e.__notes__ == ['one', 'two']
+
+
+# =============================================================================================
+lesson("Data", "TensorLoader.__init__ TensorLoader.__len__ TensorLoader.__iter__ "
+       "DataLoaders.__init__ DataLoaders.from_tensors DataLoaders.from_dsets "
+       "DataLoaders.split_batch DataLoaders.one_batch DataLoaders.decoded DataLoaders.to "
+       "show_samples mnist1d",
+       hint="torch.randperm makes an order; order.split(bs) cuts it; index_select takes rows",
+       read="section 3")
+
+
+@pytest.mark.parametrize('n, bs, drop_last', [(10, 4, False), (10, 4, True), (8, 4, False), (3, 4, True),
+                                              (0, 4, False)])
+def test_tensor_loader_covers_the_rows_in_order(n, bs, drop_last):
+    x = torch.arange(n)
+    got = list(ml.TensorLoader(x, -x, bs=bs, drop_last=drop_last))
+    oracle = list(DataLoader(TensorDataset(x, -x), bs, drop_last=drop_last))
+    assert len(got) == len(oracle) == len(ml.TensorLoader(x, bs=bs, drop_last=drop_last))
+    for (xb, yb), (xo, yo) in zip(got, oracle):
+        assert torch.equal(xb, xo) and torch.equal(yb, yo)
+
+
+def test_tensor_loader_shuffles_anew_each_epoch_and_keeps_pairs():
+    x = torch.arange(50)
+    dl = ml.TensorLoader(x, -x, bs=8, shuffle=True)
+    def epoch(): return torch.cat([xb for xb, yb in dl if torch.equal(xb, -yb)])
+    torch.manual_seed(3)
+    first, second = epoch(), epoch()
+    assert first.sort().values.equal(x) and second.sort().values.equal(x), "every row once"
+    assert not first.equal(x) and not first.equal(second), "another order each time"
+    torch.manual_seed(3)
+    assert epoch().equal(first), "torch's global generator decides the order"
+
+
+def test_tensor_loader_gives_copies():
+    x = torch.zeros(4)
+    next(iter(ml.TensorLoader(x, bs=2)))[0].add_(1)
+    assert x.sum() == 0, "augmenting a batch in place must not change the data set"
+
+
+def test_tensor_loader_refuses_bad_input():
+    for args, kwargs in [((torch.ones(2), torch.ones(3)), {}), ((), {}), ((torch.ones(2),), {'bs': 0})]:
+        with pytest.raises(ValueError):
+            ml.TensorLoader(*args, **kwargs)
+
+
+def test_dataloaders_name_their_parts():
+    dls = line_dls(path='here', vocab=['a', 'b'])
+    assert dls[0] is dls.train and dls[1] is dls.valid and str(dls.path) == 'here'
+    assert dls.train_ds is dls.train.dataset and dls.valid_ds.tensors[0].shape == (24, 1)
+    assert dls.bs == 16, "what DataLoaders lacks is read from the training loader"
+    with pytest.raises(AttributeError):
+        dls.nothing
+    extra = [1]
+    assert ml.DataLoaders([], [], extra, device='cpu')[2] is extra
+
+
+@pytest.mark.parametrize('dls', [(), (None,), (None, [])])
+def test_dataloaders_need_a_training_loader(dls):
+    with pytest.raises(TypeError, match=r'DataLoaders\(train, valid\)'):
+        ml.DataLoaders(*dls)
+
+
+def test_dataloaders_refuse_what_can_be_read_only_once():
+    with pytest.raises(TypeError, match='one epoch'):
+        ml.DataLoaders(iter([1]))
+
+
+def test_dataloaders_survive_copy_and_pickle():
+    dls = line_dls()
+    for dup in (copy.copy(dls), copy.deepcopy(dls), pickle.loads(pickle.dumps(dls))):
+        assert len(dup.train) == 4
+
+
+@pytest.mark.parametrize('batch, n_inp, n_x, n_y', [
+    (1, None, 1, 0), ((1,), None, 1, 0), ((1, 2), None, 1, 1), ([1, 2], None, 1, 1),
+    ((1, 2, 3), None, 2, 1), ((1, 2, 3), 1, 1, 2), ((1, 2), 2, 2, 0)])
+def test_split_batch(batch, n_inp, n_x, n_y):
+    xb, yb = ml.DataLoaders([], n_inp=n_inp).split_batch(batch)
+    assert type(xb) is tuple and type(yb) is tuple and (len(xb), len(yb)) == (n_x, n_y)
+
+
+def test_n_inp_may_come_from_the_loader_or_later():
+    dl = ml.TensorLoader(torch.ones(2), torch.ones(2), torch.ones(2))
+    dl.n_inp = 1
+    dls = ml.DataLoaders(dl)
+    assert dls.n_inp == 1 and len(dls.split_batch((1, 2, 3))[1]) == 2
+    dls.n_inp = 2
+    assert len(dls.split_batch((1, 2, 3))[0]) == 2
+
+
+def test_dict_batches_say_what_to_override():
+    with pytest.raises(TypeError, match="'x'.*override DataLoaders.split_batch"):
+        ml.DataLoaders([]).split_batch({'x': 1, 'y': 2})
+    class DictLoaders(ml.DataLoaders):
+        def split_batch(self, b): return (b['x'],), (b['y'],)
+    x, y = line_data(8)
+    learn = line_learner(DictLoaders([{'x': x, 'y': y}], device='cpu'))
+    learn.fit(1)
+    assert len(learn.recorder.losses) == 1
+
+
+def test_from_tensors_splits_once_and_for_all():
+    x, y = torch.arange(50.), torch.arange(50)
+    def split(seed):
+        dls = ml.DataLoaders.from_tensors(x, y, seed=seed, device='cpu')
+        return dls.train_ds.tensors[0], dls.valid_ds.tensors[0]
+    train, valid = split(1)
+    assert len(train) == 40 and len(valid) == 10, "a fifth validates"
+    assert torch.cat([train, valid]).sort().values.equal(x), "every row on one side"
+    assert split(1)[1].equal(valid) and not split(2)[1].equal(valid), "the seed decides"
+    torch.manual_seed(0)
+    one = split(None)[1]
+    torch.manual_seed(0)
+    assert split(None)[1].equal(one), "without a seed the global generator decides"
+
+
+def test_from_tensors_options():
+    x, y = line_data(10)
+    dls = ml.DataLoaders.from_tensors(x, y, valid=(x[:3], y[:3]), bs=4, drop_last=True,
+                                      vocab='ab', device='cpu')
+    assert len(dls.train) == 2 and len(dls.valid) == 1 and dls.train.shuffle and not dls.valid.shuffle
+    assert dls.vocab == 'ab'
+    assert ml.DataLoaders.from_tensors(x, y, valid_pct=0).valid is None
+    for bad in (-0.1, 1, 2):
+        with pytest.raises(ValueError, match='valid_pct'):
+            ml.DataLoaders.from_tensors(x, y, valid_pct=bad)
+
+
+def test_from_dsets_uses_torch_loaders():
+    ds = TensorDataset(*line_data(10))
+    dls = ml.DataLoaders.from_dsets(ds, ds, bs=4, drop_last=True, device='cpu')
+    assert isinstance(dls.train, DataLoader) and (len(dls.train), len(dls.valid)) == (2, 3)
+    assert ml.DataLoaders.from_dsets(ds).valid is None
+
+
+def test_to_moves_the_tensors_of_memory_and_the_batches():
+    dls = ml.DataLoaders(ml.TensorLoader(torch.ones(2)), [torch.ones(2)], device='cpu')
+    assert dls.to('meta') is dls and dls.device.type == 'meta'
+    assert dls.train_ds.tensors[0].device.type == 'meta', "in memory: moved at once"
+    assert dls.one_batch()[0].device.type == 'meta'
+    assert ml.DataLoaders([torch.ones(2)], device='cpu').cpu().device.type == 'cpu'
+
+
+@needs_cuda
+def test_dls_cuda():
+    assert line_dls().cuda().one_batch()[0].is_cuda
+
+
+def test_show_batch_draws_what_a_person_reads():
+    import matplotlib.pyplot as plt
+    (x, y), _ = ml.mnist1d(100)
+    dls = ml.DataLoaders.from_tensors(x, y, vocab='abcdefghij', device='cpu')
+    axs = dls.show_batch(max_n=5)
+    shown = [ax for ax in axs.flat if ax.get_visible()]
+    assert len(shown) == 5 and all(len(ax.lines) == 1 for ax in shown), "a signal is a line"
+    assert all(ax.get_title() in 'abcdefghij' for ax in shown)
+    for images in (torch.rand(3, 8, 8), torch.rand(3, 3, 8, 8), torch.rand(3, 1, 8, 8)):
+        assert all(len(ax.images) == 1 for ax in list(ml.show_samples(images, 'xyz').flat)[:3])
+    plt.close('all')
+
+
+def test_decoded():
+    dls = ml.DataLoaders([], vocab=['cat', 'dog'])
+    assert dls.decoded(torch.tensor(1)) == 'dog'
+    dls.decode = lambda y: f'<{y}>'
+    assert dls.decoded(3) == '<3>', "decode wins over vocab"
+    assert ml.DataLoaders([]).decoded(torch.tensor(2.5)) == 2.5
+
+
+def test_mnist1d_is_as_documented():
+    state = torch.random.get_rng_state()
+    (x, y), (xt, yt) = ml.mnist1d()
+    assert torch.random.get_rng_state().equal(state), "its own generator, not the global one"
+    assert x.shape == (4000, 1, 40) and xt.shape == (1000, 1, 40) and x.dtype == torch.float32
+    assert y.shape == (4000,) and yt.shape == (1000,) and y.dtype == torch.int64
+    assert torch.cat([y, yt]).bincount().tolist() == [500] * 10, "classes of equal size"
+    both = torch.cat([x, xt])
+    assert both.mean().abs() < 1e-5 and both.std().item() == pytest.approx(1, abs=1e-3)
+    assert ml.mnist1d()[0][0].equal(x) and not ml.mnist1d(seed=1)[0][0].equal(x)
+    for bad in (0, -10, 25):
+        with pytest.raises(ValueError, match='multiple of 10'):
+            ml.mnist1d(bad)
+
+
+def test_mnist1d_is_as_hard_as_published_for_a_linear_model():
+    torch.manual_seed(0)
+    (x, y), (xt, yt) = ml.mnist1d()
+    model = nn.Linear(40, 10)
+    opt = torch.optim.Adam(model.parameters(), 0.03)
+    for _ in range(150):
+        F.cross_entropy(model(x[:, 0]), y).backward()
+        opt.step()
+        opt.zero_grad()
+    assert 0.28 < ml.accuracy(model(xt[:, 0]), yt).item() < 0.37, "published: 32 %"
+
+
+# =============================================================================================
+lesson("Optimizer", "sgd_step weight_decay l2_reg average_grad average_sqr_grad momentum_step "
+       "rms_prop_step step_stat debias adam_step Optimizer.__init__ Optimizer.param_groups "
+       "Optimizer.all_params Optimizer.per_group Optimizer.set_hyper Optimizer.step "
+       "Optimizer.zero_grad Optimizer.freeze_to Optimizer.freeze Optimizer.clear_state "
+       "Optimizer.state_dict Optimizer.load_state_dict as_groups SGD RMSProp Adam "
+       "OptimWrapper.__init__ OptimWrapper.hypers OptimWrapper.set_hyper",
+       hint="p.data.add_(g, alpha=-lr) changes p in place; step passes {**state, **hypers}",
+       read="section 4, and fastbook chapter 16")
+
+
+def param(value=(1., 2.), grad=(0.5, -1.)):
+    p = nn.Parameter(torch.tensor(value))
+    p.grad = torch.tensor(grad)
+    return p
+
+
+def close(t, values):
+    return torch.allclose(t, torch.tensor(values))
+
+
+def test_step_functions_do_what_they_say():
+    p = param()
+    ml.sgd_step(p, lr=0.1, anything=0)
+    assert close(p, [0.95, 2.1])
+    p = param()
+    ml.weight_decay(p, lr=0.1, wd=0.5)
+    assert close(p, [0.95, 1.9])
+    ml.weight_decay(p, lr=0.1, wd=0.5, do_wd=False)
+    assert close(p, [0.95, 1.9]), "do_wd=False: this parameter is not decayed"
+    p = param()
+    ml.l2_reg(p, lr=0.1, wd=0.5)
+    assert close(p.grad, [1., 0.]) and close(p, [1., 2.]), "L2 goes through the gradient"
+    ml.momentum_step(p, lr=0.1, grad_avg=torch.tensor([1., 1.]))
+    assert close(p, [0.9, 1.9])
+
+
+def test_averages_begin_at_zero():
+    p = param()
+    avg = ml.average_grad(p, mom=0.9)['grad_avg']
+    assert close(avg, [0.5, -1.])
+    assert close(ml.average_grad(p, mom=0.9, grad_avg=avg.clone())['grad_avg'], [0.95, -1.9])
+    assert close(ml.average_grad(p, mom=0.9, dampening=True)['grad_avg'], [0.05, -0.1])
+    assert close(ml.average_sqr_grad(p, sqr_mom=0.9)['sqr_avg'], [0.025, 0.1])
+    assert close(ml.average_sqr_grad(p, sqr_mom=0.9, dampening=False)['sqr_avg'], [0.25, 1.])
+    assert ml.step_stat(p) == {'step': 1} and ml.step_stat(p, step=4) == {'step': 5}
+
+
+def test_debias_is_the_sum_of_the_weights():
+    mom, damp = 0.8, 0.2
+    assert ml.debias(mom, damp, 3) == pytest.approx(damp * (1 + mom + mom**2))
+    assert ml.debias(0.9, 0.1, 1) == pytest.approx(0.1) and ml.debias(0.9, 0.1, 10**4) == pytest.approx(1)
+
+
+def test_rms_prop_step_takes_the_average_if_there_is_one():
+    p = param()
+    ml.rms_prop_step(p, lr=0.1, sqr_avg=torch.tensor([4., 4.]), eps=0.)
+    assert close(p, [1 - 0.1 * 0.25, 2 + 0.1 * 0.5])
+    p = param()
+    ml.rms_prop_step(p, lr=0.1, sqr_avg=torch.tensor([4., 4.]), eps=1., grad_avg=torch.tensor([3., 0.]))
+    assert close(p, [0.9, 2.])
+
+
+SAME_OPTIMIZERS = {
+    'sgd': (functools.partial(ml.SGD, lr=0.1), functools.partial(torch.optim.SGD, lr=0.1)),
+    'sgd momentum': (functools.partial(ml.SGD, lr=0.05, mom=0.9),
+                     functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9)),
+    'sgd l2': (functools.partial(ml.SGD, lr=0.1, wd=0.1, decouple_wd=False),
+               functools.partial(torch.optim.SGD, lr=0.1, weight_decay=0.1)),
+    'sgd momentum l2': (functools.partial(ml.SGD, lr=0.05, mom=0.9, wd=0.1, decouple_wd=False),
+                        functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=0.1)),
+    'rmsprop': (functools.partial(ml.RMSProp, lr=0.01, sqr_mom=0.9),
+                functools.partial(torch.optim.RMSprop, lr=0.01, alpha=0.9)),
+    'rmsprop l2': (functools.partial(ml.RMSProp, lr=0.01, wd=0.1, decouple_wd=False),
+                   functools.partial(torch.optim.RMSprop, lr=0.01, weight_decay=0.1)),
+    'adamw': (functools.partial(ml.Adam, lr=0.01, wd=0.1),
+              functools.partial(torch.optim.AdamW, lr=0.01, betas=(0.9, 0.99), eps=1e-5, weight_decay=0.1)),
+    'adam l2': (functools.partial(ml.Adam, lr=0.01, wd=0.1, decouple_wd=False, eps=1e-8, sqr_mom=0.999),
+                functools.partial(torch.optim.Adam, lr=0.01, weight_decay=0.1)),
+}
+
+
+def train_100_steps(make_opt, freeze_first=False):
+    model = small_net().double()     # exact enough to show any difference in the formulas
+    groups = [list(model[0].parameters()), list(model[1:].parameters())]
+    opt = make_opt(groups if freeze_first else model.parameters())
+    if freeze_first:
+        opt.freeze_to(1)
+    for i in range(100):
+        for xb, yb in class_batches(1, seed=i):
+            F.cross_entropy(model(xb.double()), yb).backward()
+            opt.step()
+            opt.zero_grad()
+    return list(model.parameters())
+
+
+@pytest.mark.parametrize('name', SAME_OPTIMIZERS)
+def test_optimizers_equal_torch_over_100_steps(name):
+    mine, torchs = map(train_100_steps, SAME_OPTIMIZERS[name])
+    for a, b in zip(mine, torchs):
+        assert torch.allclose(a, b, rtol=1e-9), f"max {(a - b).abs().max():.1e} apart"
+
+
+def test_sgd_decoupled_decay_is_the_formula():
+    p = param()
+    opt = ml.SGD([p], lr=0.1, wd=0.5)
+    opt.step()
+    assert close(p, [0.95 * 1 - 0.05, 0.95 * 2 + 0.1]), "new = weight - lr*wd*weight - lr*grad"
+
+
+def test_rms_prop_with_momentum_divides_the_average():
+    p, avg, sqr, w = param((1.,), (1.,)), 0., 0., 1.
+    opt = ml.RMSProp([p], lr=0.1, mom=0.9)
+    for grad in (1., -0.5, 2.):
+        p.grad = torch.tensor([grad])
+        opt.step()
+        avg, sqr = 0.9 * avg + grad, 0.99 * sqr + 0.01 * grad**2
+        w -= 0.1 * avg / (math.sqrt(sqr) + 1e-8)
+    assert p.item() == pytest.approx(w, rel=1e-5)
+
+
+def test_optimizer_takes_parameters_groups_and_generators():
+    assert ml.Optimizer([1, 2, 3], ml.sgd_step).param_lists == [[1, 2, 3]]
+    assert ml.Optimizer([[1, 2], [3]], ml.sgd_step).param_lists == [[1, 2], [3]]
+    assert ml.Optimizer((o for o in [1, 2]), ml.sgd_step).param_lists == [[1, 2]]
+    assert ml.Optimizer([(o for o in [1, 2]), [3]], ml.sgd_step).param_lists == [[1, 2], [3]]
+    t = torch.ones(3)
+    assert ml.Optimizer(t, ml.sgd_step).param_lists[0][0] is t, "one tensor is one parameter"
+    assert len(ml.Optimizer(nn.Linear(2, 2).parameters(), ml.sgd_step).param_lists[0]) == 2
+    with pytest.raises(ValueError, match='twice'):
+        ml.Optimizer([[t], [t]], ml.sgd_step)
+
+
+def test_hypers_come_from_step_functions_and_keywords():
+    def f(p, **kwargs): pass
+    def g(p, **kwargs): pass
+    f.defaults, g.defaults = {'lr': 1e-2, 'a': 1}, {'lr': 2e-2}
+    assert ml.Optimizer([1], f).hypers == [{'lr': 1e-2, 'a': 1}]
+    assert ml.Optimizer([1], [f, g]).hypers == [{'lr': 2e-2, 'a': 1}], "later ones override"
+    assert ml.Optimizer([1], [f, g], lr=3).hypers == [{'lr': 3, 'a': 1}], "keywords override all"
+    assert ml.Optimizer([1], functools.partial(f, b=1)).hypers == [{'lr': 1e-2, 'a': 1}]
+    assert ml.Optimizer([[1], [2]], f, lr=[1, 2]).hypers == [{'lr': 1, 'a': 1}, {'lr': 2, 'a': 1}]
+
+
+def test_set_hyper_spreads_values_over_groups():
+    opt = ml.Optimizer([[1], [2], [3]], ml.sgd_step, lr=0.1)
+    def lrs(): return [h['lr'] for h in opt.hypers]
+    opt.set_hyper('lr', 0.5)
+    assert lrs() == [0.5] * 3
+    opt.set_hyper('lr', (1, 2, 3))
+    assert lrs() == [1, 2, 3]
+    opt.set_hyper('lr', slice(1e-4, 1e-2))
+    assert lrs() == pytest.approx([1e-4, 1e-3, 1e-2]), "equal factors from first to last"
+    opt.set_hyper('lr', slice(1e-2))
+    assert lrs() == pytest.approx([1e-3, 1e-3, 1e-2]), "a tenth for all but the last"
+    opt.set_hypers(mom=0.9, wd=torch.tensor(0.5))
+    assert opt.hypers[1] == {'lr': pytest.approx(1e-3), 'mom': 0.9, 'wd': 0.5}
+    one = ml.Optimizer([1], ml.sgd_step, lr=slice(1e-4, 1e-2))
+    assert one.hypers == [{'lr': 1e-2}], "a single group is the last group"
+
+
+@pytest.mark.parametrize('value', [[1, 2], (1, 2, 3, 4), __import__('numpy').array([1., 2., 3.])])
+def test_set_hyper_refuses_another_number_of_groups(value):
+    opt = ml.Optimizer([[1], [2], [3]], ml.sgd_step, lr=0.1)
+    with pytest.raises(ValueError, match='3 group'):
+        opt.set_hyper('lr', value)
+    assert opt.hypers == [{'lr': 0.1}] * 3, "refused before anything changed"
+
+
+def test_negative_learning_rates_are_refused():
+    opt = ml.Optimizer([1], ml.sgd_step, lr=0.1)
+    for bad in (-1, [-0.1], slice(-1, 1), float('nan')):
+        with pytest.raises(ValueError, match='lr='):
+            opt.set_hyper('lr', bad)
+    with pytest.raises(ValueError, match='lr='):
+        ml.SGD([param()], lr=-0.1)
+    assert opt.hypers == [{'lr': 0.1}]
+
+
+@pytest.mark.parametrize('cbs, given, missing', [
+    ([ml.sgd_step], {}, 'sgd_step needs the hyper lr'),
+    ([ml.average_grad, ml.momentum_step], {'lr': 0.1}, 'average_grad needs the hyper mom'),
+    ([ml.weight_decay, ml.average_sqr_grad, ml.rms_prop_step], {'lr': 1., 'wd': 1., 'sqr_mom': 0.9},
+     'rms_prop_step needs the hyper eps'),
+    ([ml.momentum_step], {'lr': 0.1}, 'momentum_step needs the hyper grad_avg')])
+def test_a_missing_hyper_is_named_before_any_weight_moves(cbs, given, missing):
+    p = param()
+    opt = ml.Optimizer([p], cbs, **given)
+    with pytest.raises(ValueError, match=missing):
+        opt.step()
+    assert close(p, [1., 2.]) and close(p.grad, [0.5, -1.])
+
+
+def test_the_books_step_functions_work_unchanged():
+    # in the words of chapter 16, for a current torch: alpha= and value= name the factor
+    def sgd_cb(p, lr, **kwargs): p.data.add_(p.grad.data, alpha=-lr)
+    def average_grad(p, mom, grad_avg=None, **kwargs):
+        if grad_avg is None: grad_avg = torch.zeros_like(p.grad.data)
+        return {'grad_avg': grad_avg*mom + p.grad.data}
+    def momentum_step(p, lr, grad_avg, **kwargs): p.data.add_(grad_avg, alpha=-lr)
+    def average_sqr_grad(p, sqr_mom, sqr_avg=None, **kwargs):
+        if sqr_avg is None: sqr_avg = torch.zeros_like(p.grad.data)
+        return {'sqr_avg': sqr_mom*sqr_avg + (1-sqr_mom)*p.grad.data**2}
+    def rms_prop_step(p, lr, sqr_avg, eps, grad_avg=None, **kwargs):
+        denom = sqr_avg.sqrt().add_(eps)
+        p.data.addcdiv_(p.grad, denom, value=-lr)
+    def sgd_plus(p, lr, **kwargs): p.data += -lr * p.grad.data     # question 6
+    for book, mine in [
+            (functools.partial(ml.Optimizer, cbs=[sgd_cb], lr=0.1), SAME_OPTIMIZERS['sgd'][1]),
+            (functools.partial(ml.Optimizer, cbs=[sgd_plus], lr=0.1), SAME_OPTIMIZERS['sgd'][1]),
+            (functools.partial(ml.Optimizer, cbs=[average_grad, momentum_step], mom=0.9, lr=0.05),
+             SAME_OPTIMIZERS['sgd momentum'][1]),
+            (functools.partial(ml.Optimizer, cbs=[average_sqr_grad, rms_prop_step], sqr_mom=0.9,
+                               eps=1e-8, lr=0.01), SAME_OPTIMIZERS['rmsprop'][1])]:
+        for a, b in zip(train_100_steps(book), train_100_steps(mine)):
+            assert torch.allclose(a, b, rtol=1e-9)
+
+
+def test_step_updates_state_and_leaves_alone_what_has_no_gradient():
+    def count(p, n=0, **kwargs): return {'n': n + 1}
+    p, q = param(), param()
+    q.grad = None
+    opt = ml.Optimizer([p, q], [count, ml.sgd_step], lr=0.1)
+    assert opt.state[p] == {}
+    opt.state[p] = {'n': 5}
+    opt.step()
+    assert opt.state[p] == {'n': 6} and opt.state[q] == {} and close(q, [1., 2.])
+    adam = ml.Adam([q], lr=0.1, wd=0.5)
+    adam.step()
+    assert close(q, [1., 2.]), "no gradient, no weight decay either"
+
+
+def test_all_params_lists_parameter_group_state_and_hypers():
+    p, q = param(), param()
+    q.grad = None
+    opt = ml.Optimizer([[p], [q]], ml.sgd_step, lr=[1, 2])
+    (p0, group, state, hyper), (q0, *_) = opt.all_params()
+    assert p0 is p and q0 is q and group[0] is p and state is opt.state[p] and hyper == {'lr': 1}
+    assert [o[0] for o in opt.all_params(slice(1, None))][0] is q
+    assert len(opt.all_params(with_grad=True)) == 1
+
+
+def test_param_groups_are_read_and_written():
+    opt = ml.Optimizer([[1], [2]], ml.sgd_step, lr=0.1)
+    assert [dict(g) for g in opt.param_groups] == [{'params': [1], 'lr': 0.1}, {'params': [2], 'lr': 0.1}]
+    opt.param_groups[0]['lr'] = 5
+    assert opt.hypers[0] == {'lr': 5}, "tools that write to param_groups reach the hypers"
+    opt.param_groups = [{'params': [3], 'lr': 1}]
+    assert opt.param_lists == [[3]] and opt.hypers == [{'lr': 1}]
+
+
+def test_zero_grad():
+    p, q = param(), param()
+    ml.Optimizer([p], ml.sgd_step, lr=0.1).zero_grad()
+    assert p.grad is None
+    ml.Optimizer([p, q], ml.sgd_step, lr=0.1).zero_grad(set_to_none=False)
+    assert p.grad is None and close(q.grad, [0., 0.])
+
+
+def test_freezing_by_groups():
+    ps = [param() for _ in range(4)]
+    opt = ml.Optimizer([[ps[0], ps[1]], [ps[2]], [ps[3]]], ml.sgd_step, lr=0.1)
+    opt.state[ps[1]]['force_train'] = True
+    def trains(): return [p.requires_grad for p in ps]
+    opt.freeze_to(1)
+    assert trains() == [False, True, True, True] and opt.frozen_idx == 1
+    opt.freeze()
+    assert trains() == [False, True, False, True] and opt.frozen_idx == 2
+    opt.freeze_to(-2)
+    assert trains() == [False, True, True, True]
+    opt.unfreeze()
+    assert trains() == [True] * 4 and opt.frozen_idx == 0
+    with pytest.warns(UserWarning, match='freezes all 3'):
+        opt.freeze_to(3)
+    assert trains() == [False, True, False, False]
+    with pytest.raises(ValueError, match='splitter'):
+        ml.Optimizer([1], ml.sgd_step).freeze()
+
+
+def test_frozen_groups_equal_torch_with_one_group_less():
+    own = train_100_steps(functools.partial(ml.Adam, lr=0.01), freeze_first=True)
+    start = list(small_net().double().parameters())
+    assert all(torch.equal(a, b) for a, b in zip(own[:2], start[:2])), "frozen means frozen"
+    def torch_half(groups):
+        opt = torch.optim.AdamW(groups[1], lr=0.01, betas=(0.9, 0.99), eps=1e-5)
+        opt.freeze_to = lambda n: [p.requires_grad_(False) for p in groups[0]]
+        return opt
+    for a, b in zip(own, train_100_steps(torch_half, freeze_first=True)):
+        assert torch.allclose(a, b, rtol=1e-9)
+
+
+def test_clear_state_keeps_the_marks():
+    p = param()
+    opt = ml.Adam([p], lr=0.1)
+    opt.state[p] = {'do_wd': False, 'force_train': True}
+    opt.step()
+    assert 'grad_avg' in opt.state[p]
+    opt.clear_state()
+    assert opt.state[p] == {'do_wd': False, 'force_train': True}
+
+
+def test_optimizer_state_goes_out_and_in():
+    def make():
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        return model, ml.Adam(model.parameters(), lr=0.1)
+    def step(model, opt, n):
+        for _ in range(n):
+            model(torch.ones(4, 3)).pow(2).mean().backward()
+            opt.step()
+            opt.zero_grad()
+    (m1, o1), (m2, o2) = make(), make()
+    step(m1, o1, 3)
+    state = o1.state_dict()
+    m2.load_state_dict(m1.state_dict())
+    o2.load_state_dict(state)
+    assert o2.state[m2.weight]['grad_avg'] is not o1.state[m1.weight]['grad_avg'], "copies"
+    step(m1, o1, 2)
+    step(m2, o2, 2)
+    assert same(weights(m1), weights(m2)), "going on from a loaded state is going on"
+    with pytest.raises(ValueError, match='parameters and groups'):
+        ml.Adam([param()], lr=1).load_state_dict(state)
+
+
+TORCH_OPTIMIZERS = [functools.partial(torch.optim.SGD, momentum=0.9), torch.optim.AdamW,
+                    torch.optim.RMSprop, torch.optim.Adagrad]
+
+
+@pytest.mark.parametrize('make', TORCH_OPTIMIZERS)
+def test_wrapped_optimizer_equals_the_bare_one(make):
+    own = train_100_steps(lambda ps: ml.OptimWrapper(ps, make, lr=0.01))
+    assert all(torch.equal(a, b) for a, b in zip(own, train_100_steps(functools.partial(make, lr=0.01))))
+
+
+def test_wrapper_translates_hypers():
+    p, q = param(), param()
+    adam = ml.OptimWrapper([[p], [q]], torch.optim.AdamW, lr=0.1, mom=0.8, wd=0.3)
+    assert len(adam.param_lists) == 2 and adam.hypers[0] == {
+        'lr': 0.1, 'mom': 0.8, 'sqr_mom': 0.999, 'wd': 0.3, 'eps': 1e-8}
+    adam.set_hyper('sqr_mom', [0.5, 0.6])
+    adam.set_hyper('lr', slice(0.1, 1))
+    assert [g['betas'] for g in adam.opt.param_groups] == [(0.8, 0.5), (0.8, 0.6)]
+    assert [g['lr'] for g in adam.opt.param_groups] == pytest.approx([0.1, 1])
+    sgd = ml.OptimWrapper([p], functools.partial(torch.optim.SGD, momentum=0.7), lr=0.1)
+    assert sgd.hypers[0]['mom'] == 0.7
+    sgd.set_hypers(mom=0.5, wd=0.1)
+    assert sgd.opt.param_groups[0]['momentum'] == 0.5 and sgd.opt.param_groups[0]['weight_decay'] == 0.1
+    rms = ml.OptimWrapper([p], torch.optim.RMSprop, lr=0.1, sqr_mom=0.5)
+    assert rms.opt.param_groups[0]['alpha'] == 0.5
+    with pytest.raises(ValueError):
+        rms.set_hyper('lr', -1)
+    ml.OptimWrapper([p], torch.optim.Adagrad, lr=0.1).set_hyper('mom', 0.9)     # has none: no harm
+
+
+def test_wrapper_takes_what_torch_and_fastai_give():
+    p, q = param(), param()
+    inner = torch.optim.SGD([p], lr=0.1)
+    assert ml.OptimWrapper(inner).opt is inner and ml.OptimWrapper(opt=inner).opt is inner
+    groups = [{'params': [p], 'lr': 1.}, {'params': [q]}]
+    assert [h['lr'] for h in ml.OptimWrapper(groups, torch.optim.SGD, lr=0.1).hypers] == [1., 0.1]
+    assert len(ml.OptimWrapper(iter([p, q]), torch.optim.SGD, lr=0.1).param_lists[0]) == 2
+    assert ml.OptimWrapper(p, torch.optim.SGD, lr=0.1).param_lists == [[p]]
+
+
+def test_wrapper_freezes_clears_and_saves():
+    p, q = param(), param()
+    opt = ml.OptimWrapper([[p], [q]], torch.optim.Adam, lr=0.1)
+    opt.freeze()
+    assert not p.requires_grad and q.requires_grad
+    opt.step()
+    state = copy.deepcopy(opt.state_dict())
+    opt.clear_state()
+    assert not opt.opt.state
+    opt.load_state_dict(state)
+    assert len(opt.opt.state) == 2
+    opt.zero_grad()
+    assert p.grad is None
+
+
+# =============================================================================================
+lesson("Callbacks", "check_event Callback.__init__ Callback.__init_subclass__ Callback.__call__ "
+       "Callback.defines Callback.__getattr__ Callback.__setattr__ Callback.__repr__ "
+       "sort_callbacks TrainEvalCallback.before_fit TrainEvalCallback.before_train "
+       "TrainEvalCallback.before_validate TrainEvalCallback.after_batch",
+       hint="__getattr__ runs only for what Python found nowhere else", read="section 5")
+
+
+def test_event_lists_all_events():
+    assert ml.event.before_fit == 'before_fit'
+    assert set(vars(ml.event)) == set(ml.EVENTS) and len(ml.EVENTS) == 24
+    with pytest.raises(AttributeError):
+        ml.event.before_lunch
+
+
+def test_every_cancel_exception_is_there():
+    for part in 'Batch Step Backward Train Valid Epoch Fit'.split():
+        kind = getattr(ml, f'Cancel{part}Exception')
+        assert issubclass(kind, ml.CancelException) and issubclass(kind, Exception) and kind.__doc__
+
+
+def test_callback_from_functions():
+    cb = ml.Callback(after_fit=lambda self: f'done by {self.name}')
+    assert cb('after_fit') == 'done by callback' and cb('before_fit') is None
+    with pytest.raises(AttributeError, match="did you mean 'before_fit'"):
+        ml.Callback(befor_fit=print)
+
+
+@pytest.mark.parametrize('wrong, near', [('after_bacth', 'after_batch'), ('before_epochs', 'before_epoch'),
+                                         ('begin_fit', 'before_fit'), ('begin_batch', 'before_batch')])
+def test_a_misspelt_event_is_an_error_with_the_nearest_name(wrong, near):
+    with pytest.raises(AttributeError, match=f"{wrong}.*did you mean '{near}'"):
+        type('Wrong', (ml.Callback,), {wrong: lambda self: None})
+
+
+def test_call_runs_any_method_of_that_name():
+    class Tst(ml.Callback):
+        def call_me(self): return 'maybe'
+    assert Tst()('call_me') == 'maybe' and Tst()('fit') is None, "also unregistered"
+    learn = line_learner(cbs=Tst())
+    assert learn.tst('fit') is None, "the learner's methods are not the callback's"
+
+
+def test_callback_names():
+    class TstCallback(ml.Callback): pass
+    assert TstCallback().name == 'tst' and repr(TstCallback()) == 'TstCallback'
+    assert TstCallback().learn is None
+
+
+def test_reading_delegates_to_learner_and_model_writing_does_not():
+    class Tst(ml.Callback):
+        own = 1
+    learn = line_learner(cbs=Tst)
+    learn.mine = 7
+    assert learn.tst.mine == 7 and learn.tst.a is learn.model.a and learn.tst.own == 1
+    with pytest.warns(UserWarning, match=r'shadowing an attribute \(mine\).*self.learn.mine'):
+        learn.tst.mine = 8
+    assert learn.mine == 7 and learn.tst.mine == 8, "set on the callback, not on the learner"
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        learn.tst.other = learn.tst.run_train = 1
+    with pytest.raises(AttributeError, match="Tst has no attribute 'nothing'"):
+        Tst().nothing
+    with pytest.raises(AttributeError, match='nothing'):
+        learn.tst.nothing
+
+
+def test_hasattr_is_not_fooled_by_delegation():
+    class Eventful(Line):
+        def before_fit(self): raise AssertionError("the model's method is no handler")
+    learn = line_learner(model=Eventful(), cbs=ml.Callback())
+    assert not hasattr(learn.callback, 'before_fit') and not learn.callback.defines('before_fit')
+    learn.fit(1)
+
+
+def test_callbacks_copy_and_pickle():
+    cb = ml.TrainEvalCallback()
+    for dup in (copy.copy(cb), copy.deepcopy(cb), pickle.loads(pickle.dumps(cb))):
+        assert isinstance(dup, ml.TrainEvalCallback) and dup.learn is None
+    learn = line_learner()
+    dup = copy.deepcopy(learn)
+    assert dup.train_eval.learn is dup and dup.train_eval is not learn.train_eval
+    dup.fit(1)
+    assert same(weights(learn.model), weights(Line())), "the copy trained, the original did not"
+
+
+def test_run_flags():
+    class Count(ml.Callback):
+        def before_fit(self): self.n = [0, 0]
+        def after_loss(self): self.n[self.learn.training] += 1
+        def after_fit(self): self.ended = True
+    cb = Count()
+    learn = line_learner(cbs=cb)
+    learn.fit(1)
+    assert cb.n == [2, 4]
+    cb.run_train = False
+    learn.fit(1)
+    assert cb.n == [2, 0], "run_train=False: no batch events in training"
+    cb.run_train, cb.run_valid = True, False
+    learn.fit(1)
+    assert cb.n == [0, 4]
+    cb.run, cb.ended = False, False
+    learn.fit(1)
+    assert not cb.ended and cb.run, "run=False lasts to the end of the fit"
+
+
+def test_order_then_run_before_and_run_after():
+    class A(ml.Callback): order = 2
+    class B(ml.Callback): order = 1
+    class C(ml.Callback): order = 1
+    a, b, c = A(), B(), C()
+    assert ml.sort_callbacks([a, c, b]) == [c, b, a], "equal orders keep their places"
+    A.run_before = B
+    assert ml.sort_callbacks([c, b, a]) == [c, a, b]
+    A.run_before, C.run_after = (), [A, B]
+    assert ml.sort_callbacks([c, b, a]) == [b, a, c]
+    B.run_after = C
+    with pytest.raises(ValueError, match='contradict'):
+        ml.sort_callbacks([a, b, c])
+
+
+def test_handlers_may_be_set_on_the_instance():
+    cb, seen = ml.Callback(), []
+    learn = line_learner(cbs=cb)
+    learn.fit(1)
+    cb.before_fit = lambda: seen.append('fit')
+    learn.fit(1)
+    assert seen == ['fit'] and learn.ordered_cbs('before_fit')[-1] is not None
+
+
+def test_train_eval_counts_progress():
+    seen = []
+    learn = line_learner(cbs=ml.Callback(
+        before_batch=lambda self: seen.append((self.training, self.model.training, self.pct_train,
+                                               self.train_iter))))
+    learn.fit(2)
+    train = [s[2:] for s in seen if s[0]]
+    assert [t[0] for t in train] == pytest.approx([i / 8 for i in range(8)]), "0, 1/8, 2/8, ..."
+    assert [t[1] for t in train] == list(range(8)) and learn.train_iter == 8
+    assert learn.pct_train == pytest.approx(1)
+    assert all(training == mode for training, mode, *_ in seen), "model.train() and .eval()"
+
+
+def test_train_eval_moves_model_and_loss():
+    moved = []
+    class Loss(nn.MSELoss):
+        def to(self, device): moved.append(str(device))
+    learn = line_learner(loss_func=Loss())
+    learn.fit(0)
+    assert moved == ['cpu'] and learn.pct_train == 0. and learn.train_iter == 0
+
+
+# =============================================================================================
+lesson("Learner", "Learner.__init__ Learner.fit Learner._all_epochs Learner._one_epoch "
+       "Learner.all_batches Learner.one_batch Learner._one_batch Learner._stage Learner._fire "
+       "Learner._end_fit Learner.__call__ Learner.ordered_cbs Learner.cbs Learner.add_cbs "
+       "Learner.remove_cbs Learner.added_cbs Learner.removed_cbs Learner.__getattr__ "
+       "Learner.gather_args Learner.create_opt Learner.ensure_opt Learner.freeze_to "
+       "Learner.freeze Learner.no_logging Learner.no_bar Learner.loss_not_reduced loader_len "
+       "show_training_loop before_batch_cb",
+       hint="write _stage first: every part of the loop is before_X, the part, after_X",
+       read="section 6, and the timeline in section 5")
+
+BATCH = ['before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward',
+         'before_step', 'after_step', 'after_batch']
+FIT = ['before_fit', 'before_epoch', 'before_train', *BATCH, *BATCH, 'after_train',
+       'before_validate', 'before_batch', 'after_pred', 'after_loss', 'after_batch',
+       'after_validate', 'after_epoch', 'after_fit']
+
+
+def two_batch_learner(cbs, **kwargs):
+    dls = ml.DataLoaders([line_data(4)] * 2, [line_data(4)], device='cpu')
+    return line_learner(dls, cbs=cbs, **kwargs)
+
+
+def test_events_come_in_the_documented_order():
+    log = EventLog()
+    two_batch_learner(log).fit(1)
+    assert log.events == ['after_create', *FIT]
+
+
+def tree(part, *items): return (part, items)
+
+
+TREE = tree('fit', 'before_fit', tree(
+    'epoch', 'before_epoch',
+    tree('train', 'before_train', *[tree(
+        'batch', 'before_batch', 'after_pred', 'after_loss', tree('backward', 'before_backward'),
+        tree('step', 'before_step'))] * 2),
+    tree('validate', 'before_validate', tree('batch', 'before_batch', 'after_pred', 'after_loss'))))
+
+
+def expected_events(event, kind, training, events):
+    """What a fit should fire if `kind` (a part, or 'error') is raised at the first `event`."""
+    class Out(Exception): pass
+    state = {'raised': False, 'training': False}
+    def fire(name):
+        events.append(name)
+        if name == event and not state['raised'] and training in (None, state['training']):
+            state['raised'] = True
+            raise Out
+    def run(node):
+        part, items = node
+        if part in ('train', 'validate'):
+            in_phase = part == 'train'
+        try:
+            try:
+                for item in items:
+                    if isinstance(item, str):
+                        fire(item)
+                        if item in ('before_train', 'before_validate'):
+                            state['training'] = in_phase
+                    else:
+                        run(item)
+            except Out:
+                if kind != part:
+                    raise
+                fire(f'after_cancel_{part}')
+        finally:
+            fire(f'after_{part}')
+    try:
+        run(TREE)
+    except Out:
+        return True
+    return False
+
+
+KINDS = {'batch': ml.CancelBatchException, 'step': ml.CancelStepException,
+         'backward': ml.CancelBackwardException, 'train': ml.CancelTrainException,
+         'validate': ml.CancelValidException, 'epoch': ml.CancelEpochException,
+         'fit': ml.CancelFitException, 'error': ValueError, 'ctrl-c': KeyboardInterrupt}
+PLACES = [(e, t) for t in (True, False) for e in
+          ('before_batch', 'after_pred', 'after_loss', 'after_batch')] + \
+         [(e, None) for e in ('before_fit', 'before_epoch', 'before_train', 'before_backward',
+                              'after_backward', 'before_step', 'after_step', 'after_train',
+                              'before_validate', 'after_validate', 'after_epoch', 'after_fit')]
+
+
+def test_the_model_of_a_fit_used_below_is_right():
+    events = []
+    assert not expected_events(None, None, None, events) and events == FIT
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('event, training', PLACES)
+def test_whatever_is_raised_anywhere_ends_what_has_begun(event, training, kind):
+    expected = []
+    escapes = expected_events(event, kind, training, expected)
+    log, learn = EventLog(), two_batch_learner(None)
+    raiser = RaiseAt(event, KINDS[kind]('on purpose'), training)
+    caught = None
+    try:
+        learn.fit(1, cbs=[log, raiser])
+    except BaseException as e:
+        caught = e
+    assert log.events == expected
+    assert (caught is raiser.error) == escapes, "an error keeps its identity"
+    if escapes:
+        note = f'raised by the callback RaiseAt in {event}'
+        assert note in caught.__notes__, "the traceback says which callback, which event"
+    # and the learner is as good as new
+    assert log not in learn.cbs and log.learn is None and learn.xb == (None,) and learn.dl is None
+    assert learn.pred is None and learn.loss is None and not learn.training
+    assert all(p.grad is None for p in learn.model.parameters()) and torch.is_grad_enabled()
+    fresh = two_batch_learner(None, model=copy.deepcopy(learn.model))
+    fresh.ensure_opt().load_state_dict(learn.opt.state_dict())
+    for o in (learn, fresh):
+        o.fit(2)
+    assert same(weights(learn.model), weights(fresh.model)) and len(learn.recorder.values) == 2
+
+
+def test_a_second_error_does_not_hide_the_first_nor_a_cancel_an_error():
+    def cb(first, second):
+        def after_pred(self): raise first
+        def after_batch(self): raise second
+        return ml.Callback(after_pred=after_pred, after_batch=after_batch)
+    first, second = ValueError('first'), KeyError('second')
+    with pytest.raises(ValueError, match='first') as info:
+        two_batch_learner(cb(first, second)).fit(1)
+    assert any("second" in note for note in info.value.__notes__)
+    with pytest.raises(ValueError, match='first'):
+        two_batch_learner(cb(ValueError('first'), ml.CancelFitException())).fit(1)
+    with pytest.raises(KeyError):
+        two_batch_learner(cb(ml.CancelFitException(), KeyError('second'))).fit(1)
+
+
+@pytest.mark.parametrize('opt_func', [torch.optim.SGD, ml.SGD, functools.partial(ml.SGD, mom=0.9)])
+def test_learner_equals_the_plain_loop_bit_for_bit(opt_func):
+    batches, valid = class_batches(), class_batches(2, seed=9)
+    plain, model = small_net(), small_net()
+    kwargs = {'momentum': 0.9} if isinstance(opt_func, functools.partial) else {}
+    opt = torch.optim.SGD(plain.parameters(), lr=0.1, **kwargs)
+    losses = ml.fit_plain(plain, batches, valid, F.cross_entropy, opt, 3)
+    learn = line_learner(ml.DataLoaders(batches, valid, device='cpu'), model, opt_func=opt_func,
+                         loss_func=F.cross_entropy, metrics=ml.accuracy)
+    learn.fit(3)
+    assert same(weights(plain), weights(model)), "the same weights and buffers, to the last bit"
+    assert [row[1] for row in learn.recorder.values] == pytest.approx(losses)
+
+
+def test_one_batch_sets_what_the_documentation_lists():
+    learn = line_learner()
+    assert learn.epoch == 0 and learn.n_epoch == 1 and learn.loss.item() == 0 and learn.opt is None
+    assert learn.xb == learn.yb == (None,) and learn.pred is None and learn.logger is not print
+    b = learn.dls.one_batch()
+    learn.one_batch(5, b)
+    assert learn.iter == 5 and learn.x.equal(b[0]) and learn.y.equal(b[1])
+    assert learn.xb[0] is learn.x and isinstance(learn.xb, tuple)
+    assert learn.pred.equal(learn.model(b[0])) and learn.loss.equal(F.mse_loss(learn.pred, b[1]))
+    assert learn.data is learn.dls
+    with pytest.raises(AttributeError):
+        learn.x = 1
+    learn.opt, learn.training = ml.SGD(learn.model.parameters(), lr=0.1), True
+    learn.one_batch(0, b)
+    assert learn.model.a.item() != 0.5, "with `training` it takes a step"
+
+
+def test_gradients_are_there_in_after_step_and_gone_in_after_batch():
+    seen = []
+    learn = line_learner(cbs=ml.Callback(
+        after_step=lambda self: seen.append(self.model.a.grad is not None),
+        after_batch=lambda self: seen.append(self.model.a.grad is not None)))
+    learn.fit(1)
+    assert seen[:2] == [True, False]
+
+
+def test_callbacks_change_batch_prediction_and_loss():
+    class Change(ml.Callback):
+        def before_batch(self): self.learn.xb, self.learn.yb = (self.x * 0,), (self.y * 0 + 4,)
+        def after_pred(self): self.learn.pred = self.pred + 1
+        def after_loss(self): self.learn.loss += 100 * self.model.a      # as the book adds penalties
+    learn = line_learner(cbs=Change, opt_func=ml.SGD, lr=1e-3)
+    grads = []
+    learn.fit(1, cbs=ml.Callback(after_backward=lambda self: grads.append(
+        (self.model.a.grad.item(), self.model.b.grad.item()))))
+    assert grads[0] == pytest.approx((100, 2 * (-0.5 + 1 - 4))), \
+        "backward starts from learn.loss as the callbacks left it"
+
+
+def test_no_graph_outlives_its_batch():
+    class Watch(ml.Callback):
+        def before_batch(self):
+            assert self.pred is None or not self.pred.requires_grad
+            assert self.loss is None or not self.loss.requires_grad
+    learn = line_learner(cbs=Watch())
+    learn.fit(2)
+    assert all(not loss.requires_grad for loss in learn.recorder.losses)
+
+
+def test_a_cancelled_step_keeps_the_weights_and_drops_the_gradients():
+    def before_step(self): raise ml.CancelStepException
+    learn = line_learner(cbs=ml.Callback(before_step=before_step))
+    learn.fit(1)
+    assert same(weights(learn.model), weights(Line())) and learn.model.a.grad is None
+    assert len(learn.recorder.losses) == 4, "the batches themselves ran to their end"
+
+
+def test_cancelled_batches_and_passes_are_not_recorded():
+    def every_other(self):
+        if self.training and self.iter % 2: raise ml.CancelBatchException
+    learn = line_learner(cbs=ml.Callback(after_loss=every_other))
+    learn.fit(1)
+    assert len(learn.recorder.losses) == 2 and learn.recorder.iters == [2] and learn.train_iter == 4
+    def stop(kind):
+        def f(self): raise kind
+        return f
+    learn.fit(1, cbs=ml.Callback(before_validate=stop(ml.CancelValidException)))
+    assert learn.recorder.values[0][0] is not None and learn.recorder.values[0][1] is None
+    learn.fit(1, cbs=ml.Callback(before_train=stop(ml.CancelTrainException)))
+    assert learn.recorder.values[0][0] is None and learn.recorder.values[0][1] is not None
+    learn.fit(2, cbs=ml.Callback(before_epoch=stop(ml.CancelEpochException)))
+    assert learn.recorder.values == [], "an epoch that was skipped has no row"
+
+
+@pytest.mark.parametrize('make', [
+    lambda x, y: [(x[i:i + 4], y[i:i + 4]) for i in range(0, 16, 4)],
+    lambda x, y: DataLoader(TensorDataset(x, y), 4),
+    lambda x, y: ml.TensorLoader(x, y, bs=4)], ids=['list', 'DataLoader', 'TensorLoader'])
+def test_any_kind_of_loader_trains_alike(make):
+    learn = line_learner(ml.DataLoaders(make(*line_data(16)), make(*line_data(16, 1)), device='cpu'))
+    learn.fit(2)
+    reference = Line()
+    opt = ml.Adam(reference.parameters(), lr=0.1, wd=0.01)
+    batches = make(*line_data(16))
+    for p in reference.parameters():
+        opt.state[p] = {}
+    opt.state[reference.b]['do_wd'] = opt.state[reference.a].get('do_wd', True)
+    ml.fit_plain(reference, batches, batches, F.mse_loss, opt, 2)
+    assert same(weights(learn.model), weights(reference)) and len(learn.recorder.losses) == 8
+
+
+def test_several_inputs_and_targets():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(1, 1)
+        def forward(self, x1, x2): return self.lin(x1), self.lin(x2)
+    def loss(pred, y1, y2): return F.mse_loss(pred[0], y1) + F.mse_loss(pred[1], y2)
+    x, y = line_data(8)
+    learn = line_learner(ml.DataLoaders([(x, x, y, y)] * 3, [(x, x, y, y)], n_inp=2, device='cpu'),
+                         Two(), loss_func=loss, metrics=lambda pred, y1, y2: (pred[1] - y2).abs().mean())
+    learn.fit(2)
+    assert len(learn.recorder.values[0]) == 3
+    learn.one_batch(0, (x, x, y, y))
+    assert isinstance(learn.x, tuple) and len(learn.y) == 2
+    assert not learn.pred[0].requires_grad, "no graph outlives its batch, however nested"
+
+
+def test_nested_batches_and_batches_without_target():
+    class First(Line):
+        def forward(self, pair): return super().forward(pair['x'])
+    x, y = line_data(8)
+    learn = line_learner(ml.DataLoaders([({'x': x}, y)], device='cpu'), First())
+    learn.fit(1)
+    assert len(learn.recorder.losses) == 1
+    log = EventLog()
+    unlabelled = line_learner(ml.DataLoaders([x], device='cpu'), cbs=log)
+    unlabelled.fit(1)
+    assert 'after_pred' in log.events and 'after_loss' not in log.events, "no target, no loss"
+
+
+def test_without_validation_loader():
+    log = EventLog()
+    learn = line_learner(ml.DataLoaders(line_dls().train, device='cpu'), cbs=log, metrics=F.l1_loss)
+    learn.fit(1)
+    assert 'before_validate' not in log.events
+    assert learn.recorder.metric_names == ['epoch', 'train_loss', 'time']
+    assert len(learn.recorder.values[0]) == 1
+
+
+class Stream(IterableDataset):
+    def __iter__(self): return iter(zip(*line_data(10)))
+
+
+def test_a_loader_without_length_trains_and_a_schedule_says_what_it_needs():
+    dls = ml.DataLoaders(DataLoader(Stream(), 4), device='cpu')
+    learn = line_learner(dls)
+    learn.fit(2)
+    assert len(learn.recorder.losses) == 6 and learn.pct_train == 0.5 and learn.n_iter is None
+    with pytest.raises(ValueError, match='__len__'):
+        learn.fit_one_cycle(1)
+    learn.fit(1)
+
+
+def test_empty_loaders_do_no_harm():
+    learn = line_learner(ml.DataLoaders([], [], device='cpu'), metrics=F.l1_loss)
+    learn.fit(2)
+    assert learn.recorder.losses == [] and same(weights(learn.model), weights(Line()))
+    learn = line_learner(ml.DataLoaders([line_data(4)], [], device='cpu'), metrics=F.l1_loss)
+    learn.fit(1)
+    assert learn.recorder.values[0][1:] == [None, None]
+
+
+def test_compiled_models_train_alike():
+    def run(wrap):
+        learn = line_learner(model=wrap(Line()))
+        learn.fit(2)
+        return weights(learn.model)
+    assert same(run(lambda m: m), run(lambda m: torch.compile(m, backend='eager')))
+
+
+@needs_cuda
+def test_training_on_cuda_without_a_single_wait():
+    learn = ml.Learner(line_dls(device='cuda'), Line(), F.mse_loss, metrics=F.l1_loss, lr=0.1)
+    learn.logger = lambda row: None
+    learn.fit(1)
+    class Guard(ml.Callback):
+        order = -99
+        def before_batch(self): torch.cuda.set_sync_debug_mode('error')
+        def after_epoch(self): torch.cuda.set_sync_debug_mode('default')
+        before_validate = after_train = after_epoch
+    try:
+        learn.fit(2, cbs=Guard())
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+    assert next(learn.model.parameters()).is_cuda and learn.recorder.losses[0].is_cuda
+
+
+class CountReads(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the operations that bring a value from the device to Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('fit', ['fit', 'fit_one_cycle'])
+def test_no_value_is_read_from_the_device_per_batch(fit):
+    def reads(n_batches):
+        dls = ml.DataLoaders([line_data(4)] * n_batches, [line_data(4)] * n_batches, device='cpu')
+        learn = line_learner(dls, metrics=[F.l1_loss])
+        with CountReads() as count:
+            getattr(learn, fit)(1)
+        return count.n
+    assert reads(3) == reads(30) > 0, "values are read once an epoch, not once a batch"
+
+
+def test_bad_input_is_refused_before_anything_changes():
+    dls = line_dls()
+    with pytest.raises(ValueError, match='loss_func=None.*MSELoss'):
+        ml.Learner(dls, Line())
+    for no_dls in ([1, 2], None, (dls.train, dls.valid)):
+        with pytest.raises(TypeError, match=r'DataLoaders\(train'):
+            ml.Learner(no_dls, Line(), F.mse_loss)
+    with pytest.raises(ValueError, match='lr=-0.1'):
+        ml.Learner(dls, Line(), F.mse_loss, lr=-0.1)
+    with pytest.raises(TypeError, match="metric 'acc'"):
+        ml.Learner(dls, Line(), F.mse_loss, metrics='acc')
+    with pytest.raises(TypeError, match='no callback'):
+        ml.Learner(dls, Line(), F.mse_loss, cbs=print)
+    learn = line_learner()
+    for bad in (dict(n_epoch=-1), dict(n_epoch=1, lr=-1), dict(n_epoch=1, start_epoch=2),
+                dict(n_epoch=1, start_epoch=-1), dict(n_epoch=1, lr=slice(-1, 1))):
+        with pytest.raises(ValueError):
+            learn.fit(**bad)
+    with pytest.raises(TypeError):
+        learn.fit(1.5)
+    with pytest.raises(ValueError):
+        learn.fit_one_cycle(1, -1)
+    with pytest.raises(ValueError, match='1 group'):
+        learn.fit(1, lr=[0.1, 0.2])
+    assert same(weights(learn.model), weights(Line()))
+    with pytest.raises(TypeError, match='override DataLoaders.split_batch'):
+        line_learner(ml.DataLoaders([{'x': 1}], device='cpu')).fit(1)
+
+
+def test_default_loss_is_that_of_the_data_set():
+    dls = line_dls()
+    dls.train_ds.loss_func = F.l1_loss
+    assert ml.Learner(dls, Line()).loss_func is F.l1_loss
+
+
+def test_callbacks_come_and_go():
+    class TstCallback(ml.Callback): pass
+    learn = line_learner()
+    assert [cb.name for cb in learn.cbs] == ['train_eval', 'recorder', 'progress']
+    assert learn.add_cb(TstCallback) is learn and learn.tst.learn is learn, "a class is instantiated"
+    first = learn.tst
+    learn.add_cbs([TstCallback(), TstCallback()])
+    assert len(learn.cbs) == 6, "the same type may come several times"
+    learn.remove_cb(first)
+    assert first.learn is None and first not in learn.cbs and learn.tst.learn is learn
+    learn.remove_cb(first)      # absent: harmless
+    assert learn.remove_cb(TstCallback) is learn and len(learn.cbs) == 3, "all of the class"
+    assert getattr(learn, 'tst', None) is None, "the attribute goes, too"
+    with learn.added_cbs(TstCallback) as same_learn:
+        assert learn.tst.learn is learn is same_learn
+    with pytest.raises(KeyError), learn.added_cbs([TstCallback(), TstCallback]):
+        raise KeyError
+    assert len(learn.cbs) == 3
+    before = list(learn.cbs)
+    with learn.removed_cbs(learn.cbs[1]) as same_learn:
+        assert len(learn.cbs) == 2 and same_learn is learn
+        extra = learn.add_cb(TstCallback).tst
+    assert learn.cbs == [*before, extra] and before[1].learn is learn, "back in its old place"
+    learn.cbs = [ml.TrainEvalCallback]
+    assert len(learn.cbs) == 1 and not hasattr(learn, 'recorder') and extra.learn is None
+
+
+def test_names_of_callbacks_must_be_free():
+    class AddCbCallback(ml.Callback): pass
+    class ModelCallback(ml.Callback): pass
+    class ACallback(ml.Callback): pass
+    class Other(ml.Callback): pass
+    Other.__name__ = 'Recorder'
+    learn = line_learner()
+    for taken in (AddCbCallback, ModelCallback, Other, learn.recorder):
+        with pytest.raises(ValueError, match='taken'):
+            learn.add_cbs([ACallback(), taken])
+        assert len(learn.cbs) == 3, "all or none"
+    learn.add_cb(ACallback)     # the model has an attribute `a`: that does not count
+    assert isinstance(learn.a, ACallback)
+
+
+def test_calling_events_by_hand():
+    log = EventLog()
+    learn = line_learner(cbs=log)
+    learn('before_fit')
+    learn(['before_epoch', 'after_epoch'])
+    assert log.events == ['after_create', 'before_fit', 'before_epoch', 'after_epoch']
+    with pytest.raises(AttributeError, match='did you mean'):
+        learn('before_fitt')
+    assert learn.ordered_cbs('before_train')[0] is learn.train_eval
+
+
+def test_it_works_with_train_eval_alone(monkeypatch):
+    monkeypatch.setattr(ml.defaults, 'callbacks', [ml.TrainEvalCallback])
+    learn = ml.Learner(line_dls(), Line(), F.mse_loss, lr=0.1, metrics=F.l1_loss)
+    assert len(learn.cbs) == 1
+    learn.fit(1)
+    learn.fit_one_cycle(1)
+    assert learn.model.a.item() != 0.5
+    assert ml.Learner(line_dls(), Line(), F.mse_loss, default_cbs=False).cbs == []
+
+
+def test_unknown_attributes_are_those_of_the_model():
+    learn = line_learner()
+    assert learn.a is learn.model.a
+    with pytest.raises(AttributeError, match="neither the Learner nor its model has 'nothing'"):
+        learn.nothing
+    assert not hasattr(ml.Learner.__new__(ml.Learner), 'anything'), "no endless recursion"
+
+
+def test_the_optimizer_is_made_when_needed_and_kept():
+    learn = line_learner(opt_func=functools.partial(ml.SGD, lr=0.25))
+    learn.create_opt()
+    assert learn.lr == 0.25 and learn.opt.hypers[0]['lr'] == 0.25, "a partial brings its rate"
+    opt = learn.opt
+    learn.fit(1)
+    assert learn.opt is opt and opt.hypers[0]['lr'] == 0.25
+    learn.fit(1, lr=0.01, wd=0.5)
+    assert opt.hypers[0]['lr'] == 0.01 and opt.hypers[0]['wd'] == 0.5
+    learn.fit(1, reset_opt=True)
+    assert learn.opt is not opt
+    learn.model = Line()
+    learn.fit(1)
+    assert learn.model.a.item() != 0.5, "a new model gets a new optimizer"
+
+
+@pytest.mark.parametrize('opt_func', [
+    torch.optim.AdamW, functools.partial(torch.optim.SGD, momentum=0.9),
+    lambda params, lr: torch.optim.SGD(params, lr=lr), lambda params, lr: ml.OptimWrapper(params, torch.optim.SGD, lr=lr)])
+def test_torch_optimizers_are_welcome(opt_func):
+    learn = line_learner(opt_func=opt_func)
+    learn.fit_one_cycle(1, 0.1)
+    assert isinstance(learn.opt, ml.OptimWrapper) and learn.model.a.item() != 0.5
+
+
+def test_groups_rates_and_decay():
+    model = small_net()
+    learn = line_learner(ml.DataLoaders(class_batches(), device='cpu'), model, loss_func=F.cross_entropy,
+                         splitter=lambda m: [list(m[:2].parameters()), list(m[2:].parameters())])
+    learn.fit(1, lr=slice(1e-3, 1e-2))
+    assert [h['lr'] for h in learn.opt.hypers] == pytest.approx([1e-3, 1e-2])
+    assert [learn.opt.state[p].get('do_wd', True) for p in model.parameters()] == \
+        [True, False, False, False, True, False], "biases and norm layers do not decay"
+    assert learn.opt.state[model[1].weight]['force_train'], "norm layers train even if frozen"
+    learn.freeze()
+    assert [p.requires_grad for p in model.parameters()] == [False, False, True, True, True, True]
+    assert 'grad_avg' not in learn.opt.state[model[0].weight], "freezing clears the state"
+    learn.unfreeze()
+    assert all(p.requires_grad for p in model.parameters()) and learn.opt.frozen_idx == 0
+    with pytest.raises(ValueError, match='splitter'):
+        line_learner().freeze()
+    other = line_learner(ml.DataLoaders(class_batches(), device='cpu'), small_net(), wd_bn_bias=True,
+                         train_bn=False, loss_func=F.cross_entropy)
+    other.create_opt()
+    assert all('do_wd' not in s and 'force_train' not in s for _, _, s, _ in other.opt.all_params())
+
+
+def test_start_epoch_leaves_out_epochs():
+    seen = []
+    learn = line_learner(cbs=ml.Callback(before_train=lambda self: seen.append((self.epoch, self.pct_train))))
+    learn.fit(4, start_epoch=2)
+    assert seen == [(2, 0.5), (3, 0.75)]
+
+
+def test_no_logging_and_no_bar(capsys):
+    learn = ml.Learner(line_dls(), Line(), F.mse_loss, metrics=F.l1_loss)
+    with learn.no_logging():
+        learn.fit(1)
+    assert capsys.readouterr().out == '' and learn.logger is print
+    for quiet in (learn.no_bar, learn.no_mbar):
+        with quiet():
+            learn.fit(1)
+        assert re.fullmatch(r"\[0, \d+\.\d+, \d+\.\d+, \d+\.\d+, '\d\d:\d\d'\]\n", capsys.readouterr().out)
+    assert 'progress' in vars(learn)
+
+
+def test_loss_not_reduced():
+    pred, y = torch.zeros(3), torch.tensor([1., 2., 3.])
+    for loss_func in (nn.MSELoss(), F.mse_loss):
+        learn = line_learner(loss_func=loss_func)
+        with learn.loss_not_reduced():
+            assert learn.loss_func(pred, y).tolist() == [1, 4, 9]
+        assert learn.loss_func(pred, y).dim() == 0 and learn.loss_func is loss_func
+
+
+def test_init_args():
+    class Tst(ml.Callback):
+        def __init__(self, depth): self.depth = depth
+    learn = line_learner(lr=1e-2, cbs=Tst(3))
+    assert learn.init_args['Learner.__init__.lr'] == 0.01 and learn.gather_args() == learn.init_args
+    assert learn.init_args['Tst.__init__.depth'] == 3 and learn.init_args['Recorder.__init__.beta'] == 0.98
+
+
+def test_before_batch_cb():
+    @ml.before_batch_cb
+    def shift(self, xb, yb): return xb + 1000, yb - 1000
+    learn = line_learner(cbs=shift)
+    b = learn.dls.one_batch()
+    learn.one_batch(0, b)
+    assert learn.x.equal(b[0] + 1000) and learn.y.equal(b[1] - 1000) and isinstance(learn.xb, tuple)
+
+
+LOOP = """\
+Start Fit
+   - before_fit     : [TrainEvalCallback]
+  Start Epoch Loop
+     - before_epoch   : []
+    Start Train
+       - before_train   : [TrainEvalCallback]
+      Start Batch Loop
+         - before_batch   : []
+         - after_pred     : []
+         - after_loss     : []
+         - before_backward: []
+         - after_cancel_backward: []
+         - after_backward : []
+         - before_step    : []
+         - after_cancel_step: []
+         - after_step     : []
+         - after_cancel_batch: []
+         - after_batch    : [TrainEvalCallback]
+      End Batch Loop
+    End Train
+     - after_cancel_train: []
+     - after_train    : []
+    Start Valid
+       - before_validate: [TrainEvalCallback]
+      Start Batch Loop
+         - **CBs same as train batch**: []
+      End Batch Loop
+    End Valid
+     - after_cancel_validate: []
+     - after_validate : []
+  End Epoch Loop
+   - after_cancel_epoch: []
+   - after_epoch    : []
+End Fit
+ - after_cancel_fit: []
+ - after_fit      : []
+"""
+
+
+def test_show_training_loop(capsys):
+    learn = line_learner()
+    learn.cbs = [ml.TrainEvalCallback]
+    learn.show_training_loop()
+    assert capsys.readouterr().out == LOOP
+
+
+def test_the_books_callbacks_work_unchanged():
+    class ModelResetter(ml.Callback):
+        def before_train(self):    self.model.reset()
+        def before_validate(self): self.model.reset()
+    class RNNRegularizer(ml.Callback):
+        def __init__(self, alpha=0., beta=0.): self.alpha,self.beta = alpha,beta
+        def after_pred(self):
+            self.raw_out,self.out = self.pred[1],self.pred[2]
+            self.learn.pred = self.pred[0]
+        def after_loss(self):
+            if not self.training: return
+            if self.alpha != 0.: self.learn.loss += self.alpha * self.out[-1].float().pow(2).mean()
+            if self.beta != 0.:
+                h = self.raw_out[-1]
+                if len(h)>1: self.learn.loss += self.beta * (h[:,1:] - h[:,:-1]).float().pow(2).mean()
+    class TerminateOnNaNCallback(ml.Callback):
+        run_before = ml.Recorder
+        def after_batch(self):
+            if torch.isinf(self.loss) or torch.isnan(self.loss): raise ml.CancelFitException
+    class RNN(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.n_reset = nn.Linear(2, 2), 0
+        def reset(self): self.n_reset += 1
+        def forward(self, x):
+            h = self.lin(x)
+            return h.sum((1, 2), keepdim=True)[:, 0], [h], [h]
+    x, y = torch.ones(4, 5, 2), torch.ones(4, 1)
+    def losses(**kwargs):
+        torch.manual_seed(0)
+        learn = line_learner(ml.DataLoaders([(x, y)] * 2, [(x, y)], device='cpu'), RNN(),
+                             cbs=[ModelResetter, RNNRegularizer(**kwargs), TerminateOnNaNCallback])
+        learn.fit(1)
+        assert learn.model.n_reset == 2
+        return learn, [float(v) for v in learn.recorder.losses]
+    assert losses(alpha=2., beta=1.)[1][0] > losses()[1][0], "the penalty is in the loss"
+    learn = line_learner(ml.DataLoaders([(x[:, 0, :1] * math.nan, y)] * 3, device='cpu'),
+                         cbs=TerminateOnNaNCallback)
+    learn.fit(5)
+    assert learn.recorder.losses == [] and learn.epoch == 0, "no NaN is recorded, and no epoch follows"
+
+
+# =============================================================================================
+lesson("Metrics", "AvgMetric.reset AvgMetric.accumulate AvgMetric.batch_value AvgMetric.name "
+       "AvgLoss.batch_value AvgSmoothLoss.accumulate AvgSmoothLoss.value ValueMetric.__init__ "
+       "ObjectMetric.accumulate mk_metric accuracy error_rate",
+       hint="a mean of batch means is wrong if the last batch is smaller: weigh by batch size",
+       read="section 7")
+
+
+def fake_learn(pred, yb, loss=None):
+    return types.SimpleNamespace(pred=pred, yb=yb, loss=loss)
+
+
+def test_avg_metric_equals_one_pass_over_everything():
+    t, u = torch.randn(101), torch.randn(101)
+    metric = ml.AvgMetric(lambda x, y: (x - y).abs().mean())
+    for _ in range(2):
+        metric.reset()
+        for i in range(0, 101, 25):
+            metric.accumulate(fake_learn(t[i:i + 25], (u[i:i + 25],)))
+        assert metric.value.item() == pytest.approx((t - u).abs().mean().item())
+    assert metric.count == 101
+    metric.reset()
+    assert metric.value is None, "nothing seen, no value"
+
+
+def test_avg_metric_takes_numbers_and_names_its_function():
+    def tst(pred, y, k=1): return 0.5 * k
+    metric = ml.AvgMetric(functools.partial(tst, k=2))
+    metric.accumulate(fake_learn(None, (torch.ones(3),)))
+    assert metric.value == 1 and metric.name == 'tst'
+    assert ml.AvgMetric(nn.MSELoss()).name == 'mse_loss'
+    metric = ml.AvgMetric(lambda pred, y: __import__('numpy').float64(2))
+    metric.accumulate(fake_learn(None, (torch.ones(3),)))
+    assert metric.value == 2
+
+
+def test_avg_loss_and_smooth_loss():
+    t = torch.randn(100)
+    mean, smooth, val = ml.AvgLoss(), ml.AvgSmoothLoss(), 0.
+    for i in range(4):
+        loss = t[i * 25:(i + 1) * 25].mean()
+        for m in (mean, smooth):
+            m.accumulate(fake_learn(None, t[i * 25:(i + 1) * 25], loss))
+        val = val * 0.98 + loss.item() * 0.02
+        assert smooth.value.item() == pytest.approx(val / (1 - 0.98**(i + 1)), rel=1e-4)
+    assert mean.value.item() == pytest.approx(t.mean().item(), abs=1e-6)
+    assert (mean.name, smooth.name) == ('loss', 'smooth_loss')
+    smooth.reset()
+    assert smooth.value is None and smooth.total == 0.
+
+
+def test_value_metric():
+    def metric_value_fn(): return 5e-3
+    metric = ml.ValueMetric(metric_value_fn, 'custom_value_metric')
+    assert metric.value == 5e-3 and metric.name == 'custom_value_metric'
+    assert ml.ValueMetric(metric_value_fn).name == 'metric_value_fn'
+    metric.reset()
+    metric.accumulate(None)
+
+
+def test_mk_metric_takes_whatever_measures():
+    avg = ml.AvgLoss()
+    assert ml.mk_metric(avg) is avg and isinstance(ml.mk_metric(ml.AvgLoss), ml.AvgLoss)
+    assert ml.mk_metric(ml.accuracy).func is ml.accuracy
+    class Own(ml.Metric):
+        pass
+    assert ml.mk_metric(Own).name == 'own'
+    with pytest.raises(TypeError, match='metric 3'):
+        ml.mk_metric(3)
+
+
+def test_objects_with_update_compute_reset_are_metrics():
+    class MaxError:
+        def reset(self): self.worst = 0.
+        def update(self, pred, y): self.worst = max(self.worst, (pred - y).abs().max().item())
+        def compute(self): return self.worst
+    learn = line_learner(metrics=MaxError)
+    learn.fit(1)
+    x, y = line_data(24, 1)
+    with torch.no_grad():
+        assert learn.recorder.values[0][2] == pytest.approx((learn.model(x) - y).abs().max().item())
+    assert learn.recorder.metric_names[3] == 'max_error'
+
+
+def test_torchmetrics_objects_work():
+    torchmetrics = pytest.importorskip('torchmetrics')
+    learn = line_learner(ml.DataLoaders(class_batches(), class_batches(3), device='cpu'), small_net(),
+                         loss_func=F.cross_entropy,
+                         metrics=[ml.accuracy, torchmetrics.Accuracy(task='multiclass', num_classes=3)])
+    learn.fit(2)
+    for row in learn.recorder.values:
+        assert row[2] == pytest.approx(row[3])
+
+
+def test_accuracy_and_error_rate():
+    pred = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3], [0.6, 0.4]])
+    target = torch.tensor([0, 1, 1, 0])
+    assert ml.accuracy(pred, target).item() == 0.75 and ml.error_rate(pred, target).item() == 0.25
+    assert ml.accuracy(pred.T, target, axis=0).item() == 0.75
+
+
+# =============================================================================================
+lesson("Recorder and progress", "Recorder.before_fit Recorder.before_epoch Recorder.after_batch "
+       "Recorder.after_train Recorder.after_validate Recorder.after_epoch Recorder.plot_loss "
+       "format_time format_cell ProgressCallback.before_fit ProgressCallback.after_batch "
+       "ProgressCallback.bar_text ProgressCallback.draw ProgressCallback.write_row",
+       hint="the Recorder's order is 50: it runs after callbacks that change the loss",
+       read="section 8")
+
+
+def test_recorder_keeps_the_history():
+    rows = []
+    learn = line_learner(metrics=F.l1_loss)
+    learn.logger = rows.append
+    learn.fit(3)
+    rec = learn.recorder
+    assert rec.metric_names == ['epoch', 'train_loss', 'valid_loss', 'l1_loss', 'time']
+    assert len(rec.losses) == len(rec.lrs) == 12 and rec.iters == [4, 8, 12] and rec.lrs[0] == 0.1
+    assert all(v.dim() == 0 for v in rec.losses) and learn.smooth_loss is rec.losses[-1]
+    assert [row[0] for row in rows] == [0, 1, 2] and rows[-1] is rec.log
+    assert rows[-1][1:-1] == rec.values[-1] == learn.final_record
+    assert all(type(v) is float for v in rec.values[-1]) and re.fullmatch(r'\d\d:\d\d', rows[-1][-1])
+    assert rec.values[-1][0] == pytest.approx(rec.losses[-1].item())
+    x, y = line_data(24, 1)
+    with torch.no_grad():
+        exact = F.mse_loss(learn.model(x), y).item(), F.l1_loss(learn.model(x), y).item()
+    assert rec.values[-1][1:] == pytest.approx(exact), "16 + 8 rows: exact for a ragged batch"
+
+
+def test_recorder_options():
+    def names(**kwargs):
+        learn = line_learner(metrics=[F.l1_loss])
+        learn.cbs = [ml.TrainEvalCallback, ml.Recorder(**kwargs)]
+        learn.fit(1)
+        assert len(learn.recorder.log) == len(learn.recorder.metric_names)
+        return learn.recorder.metric_names
+    assert names(add_time=False) == ['epoch', 'train_loss', 'valid_loss', 'l1_loss']
+    assert names(train_metrics=True) == ['epoch', 'train_loss', 'train_l1_loss', 'valid_loss',
+                                         'valid_l1_loss', 'time']
+    assert names(valid_metrics=False) == ['epoch', 'train_loss', 'valid_loss', 'time']
+
+
+def test_smooth_loss_is_the_debiased_average():
+    seen = []
+    learn = line_learner(cbs=ml.Callback(after_loss=lambda self: seen.append(self.loss.item())))
+    learn.cbs = [ml.TrainEvalCallback, ml.Recorder(beta=0.5), learn.cbs[-1]]
+    learn.fit(1)
+    avg = 0.
+    for i, loss in enumerate(seen[:4]):
+        avg = 0.5 * avg + 0.5 * loss
+        assert learn.recorder.losses[i].item() == pytest.approx(avg / (1 - 0.5**(i + 1)))
+
+
+def test_metrics_assigned_later_are_used():
+    learn = line_learner()
+    learn.metrics = F.l1_loss
+    learn.fit(1)
+    assert learn.recorder.metric_names[3] == 'l1_loss'
+
+
+def test_history_survives_an_interrupt():
+    def stop(self):
+        if self.epoch == 2: raise KeyboardInterrupt
+    learn = line_learner()
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(5, cbs=ml.Callback(before_batch=stop))
+    assert len(learn.recorder.values) == 2 and len(learn.recorder.losses) == 8
+
+
+def printed(learn, n_epoch=2, out=None):
+    out = out or io.StringIO()
+    learn.logger = print
+    with contextlib.redirect_stdout(out):
+        learn.fit(n_epoch)
+    return out.getvalue()
+
+
+def test_a_log_file_gets_one_aligned_line_per_epoch_and_no_bar():
+    def a_metric_with_a_name_longer_than_its_numbers(pred, y): return F.l1_loss(pred, y) * 1e12
+    lines = printed(line_learner(metrics=a_metric_with_a_name_longer_than_its_numbers)).splitlines()
+    assert len(lines) == 3 and '\r' not in ''.join(lines), "titles, and a line per epoch"
+    ends = [[m.end() for m in re.finditer(r'\S+', line)] for line in lines]
+    assert ends[0] == ends[1] == ends[2], "every column ends where its title ends"
+    def m(pred, y): return 1e12
+    ends = [[o.end() for o in re.finditer(r'\S+', line)] for line in printed(line_learner(metrics=m)).splitlines()]
+    assert ends[0] == ends[1] == ends[2], "also if a number is wide and the title short"
+
+
+class Terminal(io.StringIO):
+    def isatty(self): return True
+
+
+def test_a_terminal_gets_a_bar_that_moves_in_place(monkeypatch):
+    clock = iter(range(10**6))
+    monkeypatch.setattr(ml.time, 'perf_counter', lambda: next(clock) * 0.04)
+    text = printed(line_learner(ml.DataLoaders([line_data(4)] * 40, [line_data(4)], device='cpu')), 1, Terminal())
+    bars = [s for s in text.split('\r') if 'batches/s' in s]
+    assert len(bars) > 3 and '\n' not in ''.join(bars), "in place: no new lines"
+    assert re.search(r'epoch 1/1 train \|#+ *\| \d+/40, 00:0\d left, \d+ batches/s, loss \d+\.\d{4}', bars[-2])
+    assert len(bars) < 40, "at most ten times a second"
+    shown = [line.split('\r')[-1] for line in text.split('\n')]
+    assert len(shown) == 3 and shown[2] == '' and shown[1].split()[0] == '0', "at the end, only the table is left"
+
+
+def test_the_bar_fits_the_terminal_and_knows_no_length(monkeypatch):
+    learn = line_learner()
+    learn.smooth_loss, learn.iter, learn.n_iter = None, 6, None
+    assert learn.progress.bar_text(2.) == 'epoch 1/1 valid, 4 batches/s'
+    monkeypatch.setenv('COLUMNS', '12')
+    learn.progress.drawn, out = '', Terminal()
+    with contextlib.redirect_stdout(out):
+        learn.progress.draw('x' * 50)
+        learn.progress.draw('')
+    assert out.getvalue() == '\r' + 'x' * 11 + '\r' + ' ' * 11 + '\r'
+
+
+def test_own_loggers_get_plain_rows_and_no_table(capsys):
+    rows = []
+    learn = line_learner()
+    learn.logger = rows.append
+    learn.fit(2)
+    assert len(rows) == 2 and capsys.readouterr().out == ''
+
+
+def test_cells_and_times():
+    assert ml.format_time(59.6) == '01:00' and ml.format_time(3725) == '1:02:05'
+    assert ml.format_cell(0.5, 10) == '  0.500000' and ml.format_cell(None, 4) == '    '
+    assert ml.format_cell(1e12, 10) == '  1.00e+12' and ml.format_cell(3, 5) == '    3'
+    assert ml.format_cell(float('nan'), 5) == '  nan' and len(ml.format_cell(-1e300, 10)) == 10
+
+
+def test_plot_loss_draws_into_given_axes():
+    import matplotlib.pyplot as plt
+    learn = line_learner()
+    learn.fit(3)
+    ax = plt.subplots()[1]
+    assert learn.recorder.plot_loss(skip_start=2, show_epochs=True, log=True, ax=ax) is ax
+    train, valid = ax.lines[:2]
+    assert list(train.get_xdata()) == list(range(2, 12)) and list(valid.get_xdata()) == [4, 8, 12]
+    assert train.get_ydata()[-1] == pytest.approx(learn.recorder.losses[-1].item())
+    assert valid.get_ydata()[-1] == pytest.approx(learn.recorder.values[-1][1])
+    assert len(ax.lines) == 5 and ax.get_yscale() == 'log' and ax.get_xlabel() == 'batch'
+    assert len(learn.recorder.plot_loss(with_valid=False).lines) == 1
+    plt.close('all')
+
+
+# =============================================================================================
+lesson("Schedules", "annealer sched_cos combine_scheds combined_cos ParamScheduler.before_fit "
+       "ParamScheduler.before_batch ParamScheduler.after_fit fit_one_cycle",
+       hint="pos is 0 at the start of a schedule and 1 at its end", read="section 9")
+
+
+def test_cosine():
+    f = ml.SchedCos(1., 3.)
+    assert [f(p) for p in (0, 0.5, 1)] == pytest.approx([1, 2, 3])
+    assert f(0.25) == pytest.approx(2 - math.cos(math.pi / 4))
+    assert ml.SchedCos([0, 1], [2, 3])(0.5) == pytest.approx([1, 2]), "one value per group"
+
+
+def test_annealer_makes_schedules():
+    @ml.annealer
+    def line(start, end, pos): return start + pos * (end - start)
+    assert line(1, 3)(0.25) == 1.5
+
+
+def test_combined_schedules_see_their_own_positions():
+    seen = ml.combine_scheds([0.25, 0.75], [lambda p: ('a', p), lambda p: ('b', p)])
+    assert seen(0) == ('a', 0) and seen(0.125) == ('a', 0.5) and seen(0.25) == ('b', 0)
+    assert seen(1)[0] == 'b' and seen(1)[1] == pytest.approx(1)
+    assert seen(1 + 1e-12)[1] == 1, "rounding must not lead beyond the end"
+    assert ml.combine_scheds([0., 1.], [None, lambda p: p])(0) == 0, "an empty part is skipped"
+    assert ml.combine_scheds([1., 0.], [lambda p: p, lambda p: -p])(0.5) == 0.5
+    f = ml.combine_scheds([0.2, 0.3, 0.5], [lambda p: p, lambda p: 10 + p, lambda p: 20 + p])
+    assert [f(p) for p in (0.1, 0.35, 0.75)] == pytest.approx([0.5, 10.5, 20.5])
+    for pcts in ([0.5], [0.5, 0.6], [1.5, -0.5]):
+        with pytest.raises(ValueError, match='sum to 1'):
+            ml.combine_scheds(pcts, [ml.SchedCos(0, 1)] * 2)
+
+
+@pytest.mark.parametrize('n_batches', [1, 2, 3, 100])
+def test_one_cycle_sets_the_documented_values(n_batches):
+    learn = line_learner(ml.DataLoaders([line_data(2)] * n_batches, device='cpu'))
+    learn.fit_one_cycle(1, 0.1)
+    def at(pos, start, middle, end):
+        if pos < 0.25:
+            return start + (middle - start) * (1 - math.cos(math.pi * pos / 0.25)) / 2
+        return middle + (end - middle) * (1 - math.cos(math.pi * (pos - 0.25) / 0.75)) / 2
+    places = [i / n_batches for i in range(n_batches)]
+    assert learn.recorder.lrs == pytest.approx([at(p, 0.1 / 25, 0.1, 0.1 / 1e5) for p in places])
+    assert learn.recorder.hps['lr'] == learn.recorder.lrs
+    assert learn.recorder.hps['mom'] == pytest.approx([at(p, 0.95, 0.85, 0.95) for p in places])
+
+
+def test_one_cycle_options_and_groups():
+    seen = []
+    learn = line_learner(splitter=lambda m: [[m.a], [m.b]], opt_func=ml.SGD, cbs=ml.Callback(
+        after_loss=lambda self: self.training and seen.append([dict(h) for h in self.opt.hypers])))
+    learn.fit_one_cycle(1, slice(0.01, 0.1), div=10, div_final=100, pct_start=0.5, moms=(1, 2, 3), wd=0.5)
+    assert [h['lr'] for h in seen[0]] == pytest.approx([0.001, 0.01])
+    assert [h['lr'] for h in seen[2]] == pytest.approx([0.01, 0.1]) and seen[2][0]['mom'] == 2
+    assert seen[0][0]['wd'] == 0.5, "momentum is set, and ignored, where there is none"
+    learn.fit_one_cycle(2, start_epoch=1, reset_opt=True)
+    assert len(learn.recorder.lrs) == 4 and learn.recorder.lrs[0] == pytest.approx(
+        ml.combined_cos(0.25, 0.1 / 25, 0.1, 0.1 / 1e5)(0.5))
+
+
+def test_a_schedule_sets_any_hyper():
+    learn = line_learner()
+    learn.fit(1, cbs=ml.ParamScheduler({'wd': ml.SchedCos(0., 1.)}))
+    assert learn.recorder.hps == {'wd': pytest.approx([0, *[(1 - math.cos(math.pi * i / 4)) / 2 for i in (1, 2, 3)]])}
+
+
+# =============================================================================================
+lesson("Saving", "bare_model bare_state save_model save_state load_state load_model check_weights "
+       "Learner.model_file Learner.save Learner.load",
+       hint="write to another name, then os.replace: the old file is whole until the new one is",
+       read="section 11")
+
+
+def trained(path, **kwargs):
+    learn = line_learner(line_dls(path=path), **kwargs)
+    learn.fit(1)
+    return learn
+
+
+@pytest.mark.parametrize('opt_func', [ml.Adam, torch.optim.AdamW])
+def test_save_and_load(tmp_path, opt_func):
+    learn = trained(tmp_path, opt_func=opt_func)
+    file = learn.save('tmp')
+    assert file == tmp_path / 'models' / 'tmp.pth' and file.exists()
+    other = line_learner(line_dls(path=tmp_path), opt_func=opt_func)
+    assert other.load('tmp') is other and same(weights(learn.model), weights(other.model))
+    assert str(other.opt.state_dict()) == str(learn.opt.state_dict())
+    for o in (learn, other):
+        o.fit(1)
+    assert same(weights(learn.model), weights(other.model)), "they go on alike"
+
+
+def test_files_open_with_stock_torch(tmp_path):
+    learn = trained(tmp_path)
+    both = torch.load(learn.save('a'), weights_only=True)
+    assert set(both) == {'model', 'opt'} and set(both['model']) == {'a', 'b'}
+    assert set(torch.load(learn.save('b', with_opt=False), weights_only=True)) == {'a', 'b'}
+
+
+def test_places_of_files(tmp_path):
+    learn = trained(tmp_path)
+    assert learn.save('x.pth').name == 'x.pth'
+    assert learn.save(tmp_path / 'abs.bin') == tmp_path / 'abs.bin' and (tmp_path / 'abs.bin').exists()
+    assert not list(tmp_path.rglob('*.tmp')), "nothing unfinished is left"
+    buffer = io.BytesIO()
+    learn.save(buffer)
+    buffer.seek(0)
+    other = line_learner()
+    other.load(buffer)
+    assert same(weights(learn.model), weights(other.model))
+    with open(tmp_path / 'open.pth', 'wb') as f:
+        learn.save(f, pickle_protocol=3)
+    with open(tmp_path / 'open.pth', 'rb') as f:
+        line_learner().load(f)
+
+
+def test_with_opt_and_strict(tmp_path):
+    learn = trained(tmp_path)
+    learn.save('both')
+    learn.save('model', with_opt=False)
+    other = line_learner(line_dls(path=tmp_path))
+    other.load('both', with_opt=False)
+    assert other.opt is None
+    other.load('model')
+    with pytest.raises(ValueError, match='with_opt=True'):
+        other.load('model', with_opt=True)
+    torch.save({'a': torch.tensor(7.), 'c': torch.tensor(8.)}, tmp_path / 'part.pth')
+    with pytest.raises(ValueError, match='has c too many; lacks b'):
+        other.load(tmp_path / 'part.pth')
+    other.load(tmp_path / 'part.pth', strict=False)
+    assert other.model.a.item() == 7, "strict=False takes the keys that both have"
+
+
+@pytest.mark.parametrize('damage', ['missing', 'empty', 'cut', 'flipped', 'text', 'list', 'shape', 'code',
+                                    'optimizer'])
+def test_bad_files_change_nothing_and_run_no_code(tmp_path, damage):
+    class Evil:
+        def __reduce__(self): return os.mkdir, (str(tmp_path / 'was-here'),)
+    learn = trained(tmp_path)
+    file = learn.save('file')
+    data, before = bytearray(file.read_bytes()), (weights(learn.model), str(learn.opt.state_dict()))
+    if damage == 'missing':
+        file.unlink()
+    elif damage in ('empty', 'cut'):
+        file.write_bytes(data[:0 if damage == 'empty' else len(data) // 2])
+    elif damage == 'flipped':
+        i = data.index(learn.model.a.detach().numpy().tobytes())
+        data[i] ^= 1
+        file.write_bytes(data)
+    elif damage == 'text':
+        file.write_text('hello')
+    else:
+        wrong = {'list': [1], 'shape': {'a': torch.ones(2), 'b': torch.ones(())}, 'code': Evil(),
+                 'optimizer': {'model': learn.model.state_dict(), 'opt': {'state': [], 'hypers': []}}}
+        torch.save(wrong[damage], file)
+    with pytest.raises(FileNotFoundError if damage == 'missing' else ValueError, match=re.escape(str(file))):
+        learn.load('file')
+    assert same(weights(learn.model), before[0]) and str(learn.opt.state_dict()) == before[1]
+    assert not (tmp_path / 'was-here').exists()
+
+
+def test_a_failed_save_leaves_the_previous_file(tmp_path, monkeypatch):
+    learn = trained(tmp_path)
+    file = learn.save('file')
+    content = file.read_bytes()
+    def full(state, f, **kwargs):
+        f.write(b'half')
+        raise OSError('no space left on device')
+    monkeypatch.setattr(torch, 'save', full)
+    with pytest.raises(OSError, match='no space'):
+        learn.save('file')
+    assert file.read_bytes() == content and len(list(file.parent.iterdir())) == 1
+
+
+def test_wrapped_models_are_saved_under_bare_keys(tmp_path):
+    model = nn.Sequential(nn.Linear(10, 16), small_net(n_in=16))
+    bare = list(model.state_dict())
+    model[1] = torch.compile(model[1], backend='eager')
+    compiled = torch.compile(model, backend='eager')
+    ml.save_model(tmp_path / 'm.pth', compiled, None)
+    assert list(torch.load(tmp_path / 'm.pth', weights_only=True)) == bare
+    plain = nn.Sequential(nn.Linear(10, 16), small_net(1, n_in=16))
+    ml.load_model(tmp_path / 'm.pth', plain, None)
+    assert same(weights(plain), weights(compiled))
+    torch.save({f'module.{k}': v * 0 + 1 for k, v in plain.state_dict().items()}, tmp_path / 'ddp.pth')
+    ml.load_model(tmp_path / 'ddp.pth', nn.DataParallel(compiled), None)
+    assert all((w == 1).all() for w in weights(compiled))
+
+
+# =============================================================================================
+lesson("Demo", "small_cnn demo draw_demo", hint="run it: python minilearner.py", read="section 14")
+
+
+def test_demo_says_how_well_it_went(tmp_path, capsys):
+    score = ml.demo(['--epochs', '1', '--out', str(tmp_path / 'new'), '--seed', '3', '--device', 'cpu'])
+    last = capsys.readouterr().out.splitlines()[-1]
+    file = tmp_path / 'new' / 'minilearner_demo.png'
+    assert file.read_bytes()[1:4] == b'PNG' and str(file) in last
+    assert f'{score:.1%}' in last and 'published CNN: 94 %' in last and 'seconds' in last
+    assert 0.5 < score <= 1
+
+
+# =============================================================================================
+lesson("The file itself", "", hint="these tests keep the promises of the file's docstring",
+       read="the docstring of minilearner.py")
+
+
+def test_examples_in_docstrings_are_true():
+    result = doctest.testmod(ml)
+    assert result.failed == 0 and result.attempted >= 5
+
+
+def test_import_brings_nothing_but_torch():
+    code = ("import sys, torch; before = set(sys.modules); import minilearner; "
+            "print(*{m.split('.')[0] for m in set(sys.modules) - before})")
+    run = subprocess.run([sys.executable, '-c', code], cwd=HERE, capture_output=True, text=True, check=True)
+    new = set(run.stdout.split()) - set(sys.stdlib_module_names) - {'minilearner', 'torch'}
+    assert not new, f"import minilearner also imports {new}"
+
+
+BANNER = re.compile(r'^# -{80,}\n# (\d+)\. [^\n:]+: [^\n]+\n# +Needs: [^\n]+ Tested by: lesson \d+\.\n# -{80,}$', re.M)
+
+
+def test_banners_have_one_form():
+    assert len(BANNER.findall(SOURCE)) == len(re.findall(r'^# \d+\. ', SOURCE, re.M)) >= 11
+
+
+@pytest.mark.parametrize('i', range(len(BANNER.findall(SOURCE))))
+def test_the_file_may_be_cut_at_any_banner(i):
+    cut = [m.start() for m in BANNER.finditer(SOURCE)][i]
+    module = types.ModuleType('prefix')
+    exec(compile(SOURCE[:cut], 'prefix', 'exec'), vars(module))
+
+
+def test_definitions_use_only_what_stands_above():
+    """But methods of Learner may hand over to functions further down."""
+    body = ast.parse(SOURCE).body
+    starts = [SOURCE[:m.start()].count('\n') for m in BANNER.finditer(SOURCE)]
+    def section(line): return sum(start < line for start in starts)
+    where = {node.name: section(node.lineno) for node in body
+             if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    for node in body:
+        if getattr(node, 'name', None) == 'Learner':
+            continue
+        used = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+        later = {name for name in used & where.keys() if where[name] > section(node.lineno)}
+        assert not later, f"line {node.lineno} uses {later}, from further down"
