@@ -943,7 +943,7 @@ class Learner:
         self.path, self.model_dir = Path(dls.path if path is None else path), model_dir
         self.logger, self.opt, self.training, self.completed = print, None, False, True
         self.epoch, self.n_epoch, self.train_iter, self.pct_train = 0, 1, 0, 0.
-        self._cbs, self._opt_params = [], None
+        self.iter, self.n_iter, self._cbs, self._opt_params = 0, None, [], None
         self._forget_batch()
         self.loss = torch.tensor(0.)
         self.cbs = [*(defaults.callbacks if default_cbs else []), *listify(cbs)]

@@ -2169,3 +2169,26 @@ def test_definitions_use_only_what_stands_above():
         used = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
         later = {name for name in used & where.keys() if where[name] > section(node.lineno)}
         assert not later, f"line {node.lineno} uses {later}, from further down"
+
+
+README = (HERE / 'README.md').read_text(encoding='utf-8')
+
+
+def test_readme_shows_what_its_example_really_prints():
+    code, output = re.findall(r'```(?:python)?\n(.*?)```', README, re.S)[:2]
+    assert len(README.split('```')[0].split()) <= 80, "the first screen is short"
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile(code, 'README.md', 'exec'), {})
+    shown, got = output.splitlines(), out.getvalue().splitlines()
+    assert got[0] == shown[0] and len(got) == len(shown) == 4
+    for a, b in zip(shown[1:], got[1:]):
+        assert len(a) == len(b) and [float(v) for v in a.split()[:-1]] == pytest.approx(
+            [float(v) for v in b.split()[:-1]], abs=0.05), "processors differ, but not by much"
+
+
+def test_readme_snippets_run():
+    learn = line_learner()
+    for code in re.findall(r'```python\n(.*?)```', README, re.S)[1:]:
+        exec(__import__('textwrap').dedent(code), {'ml': ml, 'nn': nn, 'learn': learn})
+    assert len(learn.recorder.losses) == 4
