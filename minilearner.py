@@ -79,8 +79,7 @@ def fit_plain(model, train, valid, loss_func, opt, n_epoch):
 
     train, valid: lists or loaders of batches `(xb, yb)`, on the device of the model.
     opt: anything with `step()` and `zero_grad()`, such as a torch optimizer.
-    Returns: the validation loss of each epoch, a mean over all samples (a list of
-    floats).
+    Returns: the validation loss of each epoch, the mean over all samples; floats.
     Source: fastbook chapters 4 and 16.
     """
     valid_losses = []
@@ -209,11 +208,11 @@ def find_bs(b):
 def set_seed(s, reproducible=False):
     """Seed Python, NumPy (if imported) and torch, on all devices, with the int `s`.
 
-    On the CPU two runs with the same torch and number of threads are then
-    bit-identical, shuffling and dropout included. On CUDA some kernels add in any
-    order; `reproducible` asks cuDNN for deterministic ones, and
-    `torch.use_deterministic_algorithms(True)` covers the others. Not covered: worker
-    processes that draw NumPy or Python numbers.
+    reproducible: ask cuDNN for deterministic kernels, which may be slower.
+    On the CPU, two runs with the same torch and number of threads are then equal to the
+    last bit, shuffling and dropout included. Not covered: CUDA kernels that add in any
+    order (see `torch.use_deterministic_algorithms`), and NumPy or Python numbers drawn
+    in worker processes.
     """
     random.seed(s)
     torch.manual_seed(s)
@@ -269,13 +268,16 @@ class TensorLoader:
 class DataLoaders:
     """The loaders of a training: `dls[0]` is `dls.train`, `dls[1]` is `dls.valid`.
 
-    loaders: re-iterables of batches: a torch DataLoader, a TensorLoader, a list.
-    Without a second one, or with None, nothing is validated. path: folder of the
-    project. device: where batches go (default: `default_device()`). n_inp: how many
-    items of a batch are inputs; default: that of the training loader, else all but the
-    last, or the only one. vocab: names of the classes. decode: a function from a
-    decoded prediction to what people read. Other attributes: those of `train`.
-    Raises: TypeError without a training loader, or for a loader that can be read once.
+    loaders: torch DataLoaders, TensorLoaders, lists of batches: whatever can be looped
+      over again and again. Without a second one, or with None, nothing is validated.
+    path: folder of the project.
+    device: where the Learner sends batches; default: `default_device()`.
+    n_inp: how many items of a batch are inputs; default: `train.n_inp`, if it has that,
+      else all but the last item.
+    vocab: names of the classes, by number.
+    decode: function from a decoded prediction to what a person reads; wins over vocab.
+    What is no attribute here is looked up in `train`.
+    Raises: TypeError without a training loader, or for one that can be read only once.
     """
     def __init__(self, *loaders, path='.', device=None, n_inp=None, vocab=None,
                  decode=None):
@@ -296,9 +298,11 @@ class DataLoaders:
                      shuffle=True, drop_last=False, device=None, **kwargs):
         """DataLoaders over tensors x, y (N, ...), which move to the device as a whole.
 
-        valid: a pair of tensors; without it a share `valid_pct` (0 to below 1; 0: none)
-        of the rows, drawn by the int `seed` (None: by the global generator), validates.
-        shuffle, drop_last: of the training loader. kwargs: see `DataLoaders`.
+        valid: a pair of tensors; without it, some of the rows of x, y validate:
+        valid_pct: their share, from 0 (no validation) to below 1.
+        seed: an int that decides which ones; default: the global generator decides.
+        shuffle, drop_last: of the training loader.
+        kwargs: see `DataLoaders`.
         """
         check(0 <= valid_pct < 1, f"valid_pct={valid_pct}: a share from 0 to below 1")
         if valid is None and valid_pct:
@@ -403,8 +407,8 @@ MNIST1D_SHAPES = """
 def mnist1d(n=5000, seed=42):
     """MNIST-1D, made on the spot: signals of 40 points in 10 classes of equal size.
 
-    n: how many, a multiple of 10; four fifths are for training. seed: an int; the
-    global random state is neither used nor changed.
+    n: how many, a multiple of 10; the first four fifths are for training.
+    seed: an int; the global random state is neither used nor changed.
     Returns: `(x, y), (x_test, y_test)`; x is (N, 1, 40) float32, y (N,) int64.
     Source: Greydanus and Kobak, 'Scaling down deep learning with MNIST-1D', ICML 2024.
     Test accuracy published there: logistic 32 %, MLP 68 %, CNN 94 %, GRU 91 %.
@@ -505,11 +509,11 @@ class Optimizer:
     """Runs step functions, one after another, on every parameter that has a gradient.
 
     params: parameters (one group), or iterables of them (groups), or a single tensor.
-    cbs: a step function or a list; its attribute `defaults`, if any, is a dict of
-    hypers. train_bn: unused, accepted as in fastai: the Learner marks what always
-    trains. defaults: hypers of all groups; they override those of the step functions.
-    Raises: ValueError for a parameter given twice; at the first step, before any weight
-    moves, for a hyper that a step function needs and nobody gave.
+    cbs: a step function or a list; an attribute `defaults` of one is a dict of hypers.
+    train_bn: unused, as in fastai; it is the Learner that marks norm layers.
+    defaults: hypers of all groups; they override those of the step functions.
+    Raises: ValueError for a parameter given twice; and at the first step, before any
+    weight moves, for a hyper that a step function needs and nobody gave.
     Source: fastbook chapter 16.
 
     >>> Optimizer([1, 2, 3], sgd_step, lr=0.1).hypers
@@ -560,7 +564,7 @@ class Optimizer:
     def set_hyper(self, k, v):
         """Set hyper `k` to `v`: one value for all groups, or a list with one per group.
 
-        v may be `slice(a, b)`: a for the first group, b for the last, equal factors
+        v may be `slice(a, b)`: a for the first group, b for the last, equal factors in
         between; or `slice(b)`: b for the last group, b / 10 for the others.
         Raises: ValueError for a list of another length, or a learning rate below 0.
         """
@@ -693,11 +697,11 @@ def Adam(params, lr, mom=0.9, sqr_mom=0.99, eps=1e-5, wd=0.01, decouple_wd=True)
 class OptimWrapper(Optimizer):
     """A torch optimizer with the interface of `Optimizer`: schedules, freezing, saving.
 
-    params: as in `Optimizer`, or dicts as torch takes them, or (alone) a torch
-    optimizer. opt: a torch optimizer, its class, or a `partial` of that; kwargs go to
-    the class. hp_map: torch's names of hypers to ours; `betas__0` is the first of
-    `betas`. convert_groups: give torch its form of groups. `do_wd` marks have no
-    effect.
+    params: as in `Optimizer`, or torch's dict groups, or (alone) a torch optimizer.
+    opt: a torch optimizer, its class, or a `partial` of that; kwargs go to the class.
+    hp_map: torch's names of hypers to ours; `betas__0` is the first of `betas`.
+    convert_groups: bring lists of groups into torch's form.
+    Marks such as `do_wd` have no effect: torch decays every parameter of a group.
     """
     hp_map = {'lr': 'lr', 'momentum': 'mom', 'betas__0': 'mom', 'weight_decay': 'wd',
               'alpha': 'sqr_mom', 'betas__1': 'sqr_mom', 'eps': 'eps'}
@@ -768,8 +772,8 @@ class OptimWrapper(Optimizer):
 EVENTS = tuple("""after_create before_fit before_epoch before_train before_batch
     after_pred after_loss before_backward after_cancel_backward after_backward
     before_step after_cancel_step after_step after_cancel_batch after_batch
-    after_cancel_train after_train before_validate after_cancel_validate after_validate after_cancel_epoch
-    after_epoch after_cancel_fit after_fit""".split())
+    after_cancel_train after_train before_validate after_cancel_validate after_validate
+    after_cancel_epoch after_epoch after_cancel_fit after_fit""".split())
 BATCH_EVENTS = EVENTS[EVENTS.index('before_batch'):EVENTS.index('after_batch') + 1]
 
 # The events as attributes, for tab completion: event.before_fit == 'before_fit'
@@ -802,13 +806,14 @@ def check_event(name):
 class Callback:
     """Base class: define methods named after events; they take only `self`.
 
-    `Callback(after_loss=f)` makes one from a function of the callback. learn: the
-    Learner, or None. What a callback lacks is read from there (`self.loss` is
-    `self.learn.loss`); to write there, say `self.learn.loss = ...`. order: lower runs
-    first, equals in the order of adding. run_before, run_after: a class, or a list,
-    that must run after, or before, this one whatever the order. run: False skips all
-    events up to the end of the fit. run_train, run_valid: False skips those from
-    before_batch to after_batch of that pass.
+    `Callback(after_loss=f)` makes one from a function of the callback.
+    learn: the Learner, once registered. What a callback lacks is read from there:
+      `self.loss` is `self.learn.loss`. To write there, say `self.learn.loss = ...`.
+    order: lower runs first, equal ones in the order of adding.
+    run_before, run_after: a class, or a list, that runs after, or before, this one
+      whatever their order.
+    run: False skips all events up to the end of the fit.
+    run_train, run_valid: False skips those from before_batch to after_batch there.
     Raises: AttributeError for a method that looks like an event but is none.
     Source: fastbook chapter 16.
     """
@@ -905,6 +910,7 @@ class TrainEvalCallback(Callback):
             learn.pct_train += 1 / (learn.n_iter * learn.n_epoch)
 
 defaults.callbacks.append(TrainEvalCallback)
+
 # --------------------------------------------------------------------------------------
 # 6. Learner: a model, data, a loss and an optimizer, and the loop that joins them
 #    Needs: 2 to 5. Tested by: lesson 6.
@@ -913,17 +919,21 @@ defaults.callbacks.append(TrainEvalCallback)
 class Learner:
     """Trains `model` on `dls`: the loop. All else that it can do is a callback.
 
-    dls: a `DataLoaders`. model: an nn.Module; what the Learner lacks is looked up
-    there. loss_func: called as `loss_func(pred, *yb)`; default:
-    `dls.train_ds.loss_func`. opt_func: called as `opt_func(splitter(model), lr=lr)`:
-    `Adam` or the like, a torch optimizer class, or a `partial` of either. lr: default
-    learning rate, at least 0. splitter: from the model to its parameters, or a list of
-    groups of them. cbs: callbacks or their classes, besides `defaults.callbacks` (not
-    with these, if not `default_cbs`). metrics: functions of `(pred, *yb)`, `Metric`s,
-    torchmetrics objects. path, model_dir: files go to path/model_dir; the default path
-    is that of `dls`. wd: weight decay; None leaves it to opt_func. wd_bn_bias: decay
-    biases and norm layers too. train_bn: train norm layers even if frozen. moms:
-    momentum in `fit_one_cycle`.
+    dls: a `DataLoaders`.
+    model: an nn.Module; what is no attribute of the Learner is looked up there.
+    loss_func: called as `loss_func(pred, *yb)`; default: `dls.train_ds.loss_func`.
+    opt_func: called as `opt_func(splitter(model), lr=lr)`; `Adam` or the like, a torch
+      optimizer class, or a `partial` of either.
+    lr: learning rate, at least 0, if `fit` is given none.
+    splitter: function from the model to its parameters, or to a list of groups of them.
+    cbs: callbacks, or classes of them, that join those of `defaults.callbacks`.
+    metrics: functions of `(pred, *yb)`, `Metric`s, objects of torchmetrics.
+    path, model_dir: files are saved in path/model_dir; default path: that of `dls`.
+    wd: weight decay; None leaves it to opt_func.
+    wd_bn_bias: whether biases and norm layers decay, too.
+    train_bn: whether norm layers train even if they are frozen.
+    moms: momentum at the start, peak and end of `fit_one_cycle`.
+    default_cbs: False leaves out `defaults.callbacks`.
     Raises: TypeError or ValueError for missing data or loss function, and bad values.
     Source: fastai's documentation of Learner.
     """
@@ -931,9 +941,10 @@ class Learner:
                  splitter=trainable_params, cbs=None, metrics=None, path=None,
                  model_dir='models', wd=None, wd_bn_bias=False, train_bn=True,
                  moms=(0.95, 0.85, 0.95), default_cbs=True):
-        if not hasattr(dls, 'train'):
-            raise TypeError(f"dls is a {type(dls).__name__}: give DataLoaders(train)")
-        loss_func = loss_func or getattr(dls.train_ds, 'loss_func', None)
+        check(isinstance(dls, DataLoaders), f"dls is a {type(dls).__name__}: write "
+              "Learner(DataLoaders(train, valid), model, ...)", TypeError)
+        if loss_func is None:
+            loss_func = getattr(dls.train_ds, 'loss_func', None)
         check(callable(loss_func), f"loss_func={loss_func!r}: give, say, nn.MSELoss()")
         check_not_negative('lr', lr)
         self.dls, self.model, self.loss_func = dls, model, loss_func
@@ -950,11 +961,12 @@ class Learner:
         self('after_create')
 
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
-        """Train for `n_epoch` epochs (an int >= 0), with `cbs` for this fit only.
+        """Train for `n_epoch` epochs, an int >= 0.
 
-        lr, wd: default: those of the Learner; by group: see `Optimizer.set_hyper`.
-        reset_opt: begin with a new optimizer. start_epoch: leave out the epochs before
-        this one; schedules go on as if they had run.
+        lr, wd: as in `Optimizer.set_hyper`; default: those of the Learner.
+        cbs: callbacks for this fit only.
+        reset_opt: begin with a new optimizer.
+        start_epoch: leave out the epochs before; schedules go on as if they had run.
         Raises: ValueError for bad values; whatever callbacks, model and loaders raise.
         """
         lr, wd = self.lr if lr is None else lr, self.wd if wd is None else wd
@@ -995,8 +1007,7 @@ class Learner:
         try:
             self._stage('batch', self._one_batch, CancelBatchException)
         finally:
-            # subtle: prediction and loss hold the graph, which must not outlive the
-            # batch
+            # subtle: these hold the graph, which must not outlive the batch
             self.pred, self.loss = map_tensors(torch.detach, (self.pred, self.loss))
 
     def _one_batch(self):
@@ -1105,7 +1116,9 @@ class Learner:
     def remove_cbs(self, cbs):
         """Remove callbacks, or all of a class, if they are there; the learner."""
         cbs = listify(cbs)
-        self.cbs = [cb for cb in self._cbs if cb not in cbs and type(cb) not in cbs]
+        kinds = tuple(o for o in cbs if isinstance(o, type))
+        self.cbs = [cb for cb in self._cbs
+                    if cb not in cbs and not isinstance(cb, kinds)]
         return self
 
     add_cb, remove_cb = add_cbs, remove_cbs
@@ -1147,7 +1160,7 @@ class Learner:
         """Arguments of Learner and callbacks: `{'Learner.__init__.lr': 0.001, ...}`."""
         return {f'{type(o).__name__}.__init__.{k}': getattr(o, k)
                 for o in (self, *self.cbs)
-                for k in inspect.signature(type(o)).parameters if hasattr(o, k)}
+                for k in inspect.signature(type(o)).parameters if k in vars(o)}
 
     init_args = property(gather_args)
 
@@ -1410,14 +1423,15 @@ def error_rate(pred, target, axis=-1):
 class Recorder(Callback):
     """Keeps losses, learning rates and metrics; gives the logger a row for every epoch.
 
-    add_time: end the row with the time, 'mm:ss'. train_metrics, valid_metrics: whether
-    the metrics are computed there. beta: weight of the past in the smoothed training
-    loss, which is `learn.smooth_loss` and the column train_loss. losses: smoothed
-    losses (0-d tensors), lrs: learning rates of the last group, one of each per
-    training batch. iters: number of training batches up to each epoch's end.
-    metric_names: titles of `log`, the newest row. values: all rows, without epoch and
-    time; what a cancelled pass would have filled is None. `learn.final_record`: the
-    last of them.
+    add_time: end the row with the time, 'mm:ss'.
+    train_metrics, valid_metrics: whether metrics are computed in that pass.
+    beta: weight of the past in the smoothed training loss (0 to 1), which is
+      `learn.smooth_loss` and, at an epoch's end, the column train_loss.
+    losses, lrs: smoothed loss (0-d) and rate of the last group, by training batch.
+    iters: training batches up to each epoch's end.
+    metric_names: titles of `log`, the newest row.
+    values: all rows, without epoch and time, `learn.final_record` being the last; None
+      is where a cancelled pass has left no value.
     """
     order, train_mets = 50, ()
 
@@ -1645,11 +1659,12 @@ def fit_one_cycle(learn, n_epoch, lr_max=None, div=25., div_final=1e5, pct_start
                   wd=None, moms=None, cbs=None, reset_opt=False, start_epoch=0):
     """Fit while the learning rate rises, then falls, and momentum does the opposite.
 
-    lr_max: highest rate, by group as in `Optimizer.set_hyper`; default: `learn.lr`. It
-    starts at lr_max / div, peaks after the share `pct_start`, ends at lr_max /
-    div_final. moms: momentum at the start, the peak and the end; default: `learn.moms`.
-    Optimizers without momentum ignore it. The others: see `Learner.fit`.
-    Source: Smith and Topin, 'Super-Convergence', 2018.
+    lr_max: highest rate, by group as in `Optimizer.set_hyper`; default: `learn.lr`.
+    div, div_final: it starts at lr_max / div and ends at lr_max / div_final.
+    pct_start: share of the fit (0 to 1) up to the peak.
+    moms: momentum at the start, peak and end; default: `learn.moms`. Optimizers without
+      momentum ignore it.
+    Others: see `Learner.fit`. Source: Smith and Topin, 'Super-Convergence', 2018.
     """
     lr_max, moms = learn.lr if lr_max is None else lr_max, moms or learn.moms
     peak = learn.ensure_opt(reset_opt).per_group('lr', lr_max)
@@ -1726,16 +1741,17 @@ def load_state(file, device=None):
 def load_model(file, model, opt, with_opt=None, device=None, strict=True):
     """Load what `save_model` wrote into `model` and `opt`, wherever these live.
 
-    file: a path or an open file; no code in it is run. with_opt: whether to load the
-    optimizer; default: if it is in the file. device: where the file is read to
-    (default: the CPU). strict: the file must have all keys of the model, and no others.
+    file: a path or an open file; no code in it is run.
+    with_opt: whether to load the optimizer; None: if it is in the file.
+    device: where the file is read to on the way; default: the CPU.
+    strict: the file must have all keys of the model, and no others.
     Raises: FileNotFoundError; ValueError, naming the file and the keys, if it is
     damaged or does not fit. Then nothing has changed.
     """
     state = load_state(file, device)
     both = isinstance(state, dict) and state.keys() == {'model', 'opt'}
     weights, opt_state = (state['model'], state['opt']) if both else (state, None)
-    check(isinstance(weights, dict), f"{file} holds no model but a {type(weights).__name__}")
+    check(isinstance(weights, dict), f"{file} holds a {type(weights).__name__}, no model")
     own = {k.replace('_orig_mod.', ''): k for k in bare_model(model).state_dict()}
     bare = {k.replace('_orig_mod.', ''): v for k, v in weights.items()}
     bare = {k if k in own else k.removeprefix('module.'): v for k, v in bare.items()}
