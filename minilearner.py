@@ -22,8 +22,8 @@ Map
      7  Metrics          AvgMetric, AvgLoss, accuracy
      8  Recorder         history, progress, plots
      9  Schedules        annealers, ParamScheduler, fit_one_cycle
-    11  Saving           save_model, load_model
-    14  Demo             python minilearner.py
+    10  Saving           save_model, load_model
+    11  Demo             python minilearner.py
 
 Glossary (B is the batch size, C the number of classes)
     batch       what a loader yields: a tensor, or inputs and targets, such as `(x, y)`
@@ -177,7 +177,7 @@ def to_device(b, device=None, non_blocking=False):
     return map_tensors(lambda t: t.to(device, non_blocking=non_blocking), b)
 
 def gather_rows(t):
-    """`t` (B, ...) of all processes joined along dim 0; with one process `t` itself."""
+    """The rows `t` (B, ...) of all processes in one tensor; with one process, `t`."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return t
     parts = [torch.empty_like(t) for _ in range(torch.distributed.get_world_size())]
@@ -237,7 +237,7 @@ def norm_bias_params(model, with_bias=True):
 # --------------------------------------------------------------------------------------
 
 class TensorLoader:
-    """Batches cut from tensors in memory with one index each, without work per sample.
+    """Cuts batches from tensors in memory by one index each, not sample by sample.
 
     tensors: (N, ...) with the same N each, inputs first; on any device.
     bs: rows of a batch; the last may have fewer, or is left out by `drop_last`.
@@ -445,7 +445,8 @@ def mnist1d(n=5000, seed=42):
 # A step function takes a parameter `p` (its gradient is `p.grad`) and, by keyword, the
 # hypers and the state that it needs; `**kwargs` swallows the others. It changes `p` in
 # place, or returns a dict with new state for `p`, or both. The state that it returns is
-# an optional argument of its own, as in `grad_avg=None`: so it starts.
+# an optional argument of its own, as in `grad_avg=None`: so it starts. A Learner takes
+# it by opt_func=functools.partial(Optimizer, cbs=[weight_decay, your_step], wd=0.01).
 
 def sgd_step(p, lr, **kwargs):
     """p -= lr * grad"""
@@ -549,12 +550,13 @@ class Optimizer:
     def per_group(self, k, v):
         """The list of values, one a group, that `v` stands for; see `set_hyper`."""
         n = len(self.param_lists)
-        if isinstance(v, slice) and v.start:
-            # counted from the end, so that a single group gets v.stop
-            steps = [i / max(1, n - 1) for i in reversed(range(n))]
-            return [v.stop * (v.start / v.stop) ** step for step in steps]
-        if isinstance(v, slice):
+        if isinstance(v, slice) and v.start is None:
             return [v.stop / 10] * (n - 1) + [v.stop]
+        if isinstance(v, slice):
+            check(v.start > 0 and v.stop > 0, f"{k}={v}: both ends must be above 0")
+            # steps back from the last group, so that a single group gets v.stop
+            back = [(n - 1 - i) / max(1, n - 1) for i in range(n)]
+            return [v.stop * (v.start / v.stop) ** step for step in back]
         values = v if isinstance(v, (list, tuple)) else [v] * n
         values = [plain_number(value) for value in values]
         ok = len(values) == n and not hasattr(values[0], 'shape')
@@ -569,7 +571,8 @@ class Optimizer:
         Raises: ValueError for a list of another length, or a learning rate below 0.
         """
         values = self.per_group(k, v)
-        check_not_negative(k, v if k == 'lr' else 0)
+        if k in ('lr', 'wd'):
+            check_not_negative(k, values)
         for i, value in enumerate(values):
             self._set(i, k, value)
 
@@ -591,13 +594,16 @@ class Optimizer:
                 state.update(f(p, **{**state, **hyper}) or {})
 
     def _check_hypers(self):
-        known = set(self.hypers[0]).union(*(o[2] for o in self.all_params()))
+        known = set(self.hypers[0])
+        for _, _, state, _ in self.all_params():
+            known |= state.keys()
         for f in self.cbs:
-            for arg in list(inspect.signature(f).parameters.values())[1:]:
-                given = arg.name in known or '=' in str(arg) or '*' in str(arg)
-                check(given, f"{getattr(f, '__name__', f)} needs the hyper {arg.name}: "
-                             f"give it, as in Optimizer(..., {arg.name}=0.1)")
-                known.add(arg.name)
+            _, *args = inspect.signature(f).parameters.values()    # all but p
+            args = [a for a in args if a.kind not in (a.VAR_KEYWORD, a.VAR_POSITIONAL)]
+            known |= {a.name for a in args if a.default is not a.empty}
+            missing, name = {a.name for a in args} - known, getattr(f, '__name__', f)
+            check(not missing, f"{name} needs {missing}: give this hyper to the Optimizer, "
+                  "or put the step function that keeps this state in front")
         self._checked = True
 
     def zero_grad(self, set_to_none=True):
@@ -641,7 +647,8 @@ class Optimizer:
 
     def state_dict(self):
         """`{'state': [a dict per parameter], 'hypers': [one per group]}`, no copies."""
-        return {'state': [o[2] for o in self.all_params()], 'hypers': self.hypers}
+        states = [state for _, _, state, _ in self.all_params()]
+        return {'state': states, 'hypers': self.hypers}
 
     def load_state_dict(self, sd):
         """Take over copies of what `state_dict` gave, on the devices of the parameters.
@@ -649,11 +656,19 @@ class Optimizer:
         Raises: ValueError, before any change, for the state of another optimizer.
         """
         params = [p for p, *_ in self.all_params()]
-        theirs, own = [len(o) for o in sd.values()], [len(params), len(self.hypers)]
-        check(theirs == own, f"parameters and groups are {theirs}, not {own} as here")
+        check_same_hypers(sd.get('hypers', []), self.hypers)
+        n = len(sd['state'])
+        check(n == len(params), f"it has {n} parameters, this optimizer {len(params)}")
         for p, state in zip(params, sd['state']):
             self.state[p] = map_tensors(lambda t: t.to(p.device, copy=True), state)
         self.hypers = [dict(h) for h in sd['hypers']]
+
+def check_same_hypers(theirs, own):
+    """Raise ValueError unless two lists of hypers have the same groups and names."""
+    check(len(theirs) == len(own), f"it has {len(theirs)} groups, here {len(own)}")
+    for a, b in zip(theirs, own):
+        differ = b.keys() - a | a.keys() - b - {'mom', 'wd'}    # these a fit may add
+        check(not differ, f"one of the two optimizers has no {sorted(differ)}")
 
 def as_groups(params):
     """Lists of parameters from parameters, iterables of them, or a single tensor."""
@@ -679,7 +694,7 @@ def RMSProp(params, lr, sqr_mom=0.99, mom=0., wd=0., decouple_wd=True, eps=1e-8)
     Equals torch.optim.RMSprop without momentum. With it the two differ: here gradients
     are averaged, then divided; torch averages what it has divided.
     """
-    steps = [*[average_grad] * (mom != 0), average_sqr_grad, rms_prop_step]
+    steps = [*([average_grad] if mom else []), average_sqr_grad, rms_prop_step]
     steps.insert(0, weight_decay if decouple_wd else l2_reg)
     return Optimizer(params, steps, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
 
@@ -701,6 +716,7 @@ class OptimWrapper(Optimizer):
     opt: a torch optimizer, its class, or a `partial` of that; kwargs go to the class.
     hp_map: torch's names of hypers to ours; `betas__0` is the first of `betas`.
     convert_groups: bring lists of groups into torch's form.
+    A fit sets the rate of every group, also where dicts have one: give it a list.
     Marks such as `do_wd` have no effect: torch decays every parameter of a group.
     """
     hp_map = {'lr': 'lr', 'momentum': 'mom', 'betas__0': 'mom', 'weight_decay': 'wd',
@@ -717,8 +733,8 @@ class OptimWrapper(Optimizer):
             opt = opt(params, **kwargs)
         self.opt, self.state, self.frozen_idx = opt, defaultdict(dict), 0
         self.hp_map = hp_map or self.hp_map
-        self.step, self.clear_state = opt.step, opt.state.clear
-        self.state_dict, self.load_state_dict = opt.state_dict, opt.load_state_dict
+        self.step, self.state_dict = opt.step, opt.state_dict
+        self.clear_state = opt.state.clear
         self.set_hypers(**ours)
 
     param_groups = property(lambda self: self.opt.param_groups)
@@ -727,8 +743,11 @@ class OptimWrapper(Optimizer):
     @property
     def hypers(self):
         """A dict per group, under our names: copies; `set_hyper` writes through."""
-        return [{ours: g[key][int(i[0])] if i else g[key] for ours, (key, *i) in
-                 self._places(g).items()} for g in self.opt.param_groups]
+        return [self._hypers_of(group) for group in self.opt.param_groups]
+
+    def _hypers_of(self, group):
+        return {ours: group[key][int(i[0])] if i else group[key]
+                for ours, (key, *i) in self._places(group).items()}
 
     def _places(self, group):
         """Where `group` keeps our hypers: `{'mom': ['betas', '0'], 'lr': ['lr']}`."""
@@ -743,6 +762,12 @@ class OptimWrapper(Optimizer):
                           for j, old in enumerate(group[key]))
         group[key] = value
 
+    def load_state_dict(self, sd):
+        """Load what `state_dict` gave. Raises: ValueError if another kind gave it."""
+        groups = sd.get('param_groups', [])
+        check_same_hypers([self._hypers_of(group) for group in groups], self.hypers)
+        self.opt.load_state_dict(sd)
+
 # --------------------------------------------------------------------------------------
 # 5. Callbacks: code that steps into the loop at its events
 #    Needs: 2. Tested by: lesson 5.
@@ -751,9 +776,9 @@ class OptimWrapper(Optimizer):
 #  before_fit
 #     before_epoch
 #        before_train
-#           before_batch           xb and yb are there
+#           before_batch           there are xb and yb
 #           after_pred             pred = model(*xb)
-#           after_loss             loss = loss_func(pred, *yb); validation ends here
+#           after_loss             loss = loss_func(pred, *yb); all that validation does
 #              before_backward
 #              after_backward      loss.backward()
 #              before_step
@@ -768,6 +793,13 @@ class OptimWrapper(Optimizer):
 #
 # What has begun ends with its `after_...`, even if an error passes through. A Cancel
 # exception ends a part early: then `after_cancel_...` comes just before `after_...`.
+# `after_create` comes once, at the end of the Learner's __init__.
+#
+# A callback reads and changes what the Learner has: xb, yb (x, y), pred, loss; model,
+# opt, dls, dl; epoch, n_epoch, iter, n_iter; training, train_iter, pct_train (set by
+# TrainEvalCallback, order -10); completed: in `after_...`, whether that part ran to its
+# end; smooth_loss, final_record (set by Recorder, order 50: whoever reads its newest
+# row in after_epoch needs an order above that).
 
 EVENTS = tuple("""after_create before_fit before_epoch before_train before_batch
     after_pred after_loss before_backward after_cancel_backward after_backward
@@ -807,12 +839,12 @@ class Callback:
     """Base class: define methods named after events; they take only `self`.
 
     `Callback(after_loss=f)` makes one from a function of the callback.
-    learn: the Learner, once registered. What a callback lacks is read from there:
-      `self.loss` is `self.learn.loss`. To write there, say `self.learn.loss = ...`.
+    learn: the Learner, once registered. Attributes that a callback lacks are read from
+      there: `self.loss` is `self.learn.loss`; to write, say `self.learn.loss = ...`.
     order: lower runs first, equal ones in the order of adding.
-    run_before, run_after: a class, or a list, that runs after, or before, this one
-      whatever their order.
-    run: False skips all events up to the end of the fit.
+    run_before: classes that this one precedes; run_after: that it follows; one or a
+      list, stronger than `order`.
+    run: False skips all events up to the end of the fit, which sets it back to True.
     run_train, run_valid: False skips those from before_batch to after_batch there.
     Raises: AttributeError for a method that looks like an event but is none.
     Source: fastbook chapter 16.
@@ -846,8 +878,8 @@ class Callback:
 
     def __getattr__(self, k):
         # Python asks here only for what it found nowhere else
-        if self.learn is None or k in EVENTS or k.startswith('__'):
-            raise AttributeError(f"{self!r} has no attribute {k!r}")
+        if k in EVENTS or k.startswith('__') or not hasattr(self.learn, k):
+            raise AttributeError(f"neither {self!r} nor its learner has {k!r}")
         return getattr(self.learn, k)
 
     def __setattr__(self, k, v):
@@ -917,7 +949,7 @@ defaults.callbacks.append(TrainEvalCallback)
 # --------------------------------------------------------------------------------------
 
 class Learner:
-    """Trains `model` on `dls`: the loop. All else that it can do is a callback.
+    """Trains `model` on `dls`. The loop is here; what is done in it, callbacks decide.
 
     dls: a `DataLoaders`.
     model: an nn.Module; what is no attribute of the Learner is looked up there.
@@ -969,13 +1001,15 @@ class Learner:
         start_epoch: leave out the epochs before; schedules go on as if they had run.
         Raises: ValueError for bad values; whatever callbacks, model and loaders raise.
         """
-        lr, wd = self.lr if lr is None else lr, self.wd if wd is None else wd
-        epochs = range(start_epoch, n_epoch)
-        check(0 <= start_epoch <= n_epoch, f"n_epoch={n_epoch}, start_epoch="
-              f"{start_epoch}: give 0 <= start_epoch <= n_epoch")
+        ok = hasattr(n_epoch, '__index__') and 0 <= start_epoch <= n_epoch
+        check(ok, f"n_epoch={n_epoch}, start_epoch={start_epoch}: give whole numbers, "
+                  "0 <= start_epoch <= n_epoch")
+        epochs, wd = range(start_epoch, n_epoch), self.wd if wd is None else wd
         with self.added_cbs(cbs):
             opt = self.ensure_opt(reset_opt)
-            opt.set_hypers(lr=lr, **({} if wd is None else {'wd': wd}))
+            opt.set_hyper('lr', self.lr if lr is None else lr)
+            if wd is not None:
+                opt.set_hyper('wd', wd)
             self.n_epoch = n_epoch
             try:
                 self._stage('fit', lambda: self._all_epochs(epochs), CancelFitException)
@@ -1043,9 +1077,9 @@ class Learner:
             try:
                 self._fire(f'after_{name}')
             except BaseException as second:
+                # nothing hides an error; a Cancel gives way to whatever comes later
                 if isinstance(first, CancelException):
                     raise
-                # the first error is the one to see
                 add_note(first, f"on the way out, after_{name} raised {second!r}")
             raise
         self._fire(f'after_{name}')
@@ -1095,8 +1129,9 @@ class Learner:
         taken = {*dir(type(self)), *vars(self)} - {cb.name for cb in self._cbs}
         for i, cb in enumerate(cbs):
             kinds = {type(o) for o in cbs if o.name == cb.name}
-            free = cb.name not in taken and len(kinds) == 1 and cb not in cbs[:i]
-            check(free, f"callback {cb!r}: the name {cb.name!r} is taken: rename it")
+            check(cb not in cbs[:i], f"{cb!r} is there already: add another object")
+            free = cb.name not in taken and len(kinds) == 1
+            check(free, f"{cb!r}: the name {cb.name!r} is taken; rename its class")
         for cb in self._cbs:
             cb.learn = None
             vars(self).pop(cb.name, None)
@@ -1114,7 +1149,7 @@ class Learner:
         return self
 
     def remove_cbs(self, cbs):
-        """Remove callbacks, or all of a class, if they are there; the learner."""
+        """Remove callbacks, or all of a class, if present; returns the learner."""
         cbs = listify(cbs)
         kinds = tuple(o for o in cbs if isinstance(o, type))
         self.cbs = [cb for cb in self._cbs
@@ -1173,8 +1208,10 @@ class Learner:
         f = getattr(make, 'func', make)
         if isinstance(f, type) and issubclass(f, torch.optim.Optimizer):
             make = functools.partial(OptimWrapper, opt=make)
-        opt = make(self.splitter(self.model), lr=self.lr)
+        lr = self.lr if isinstance(self.lr, (int, float)) else defaults.lr
+        opt = make(self.splitter(self.model), lr=lr)
         self.opt = OptimWrapper(opt) if isinstance(opt, torch.optim.Optimizer) else opt
+        self.opt.set_hyper('lr', self.lr)    # it may be a list or slice, by group
         for p in [] if self.wd_bn_bias else norm_bias_params(self.model):
             self.opt.state[p]['do_wd'] = False
         for p in norm_bias_params(self.model, with_bias=False) if self.train_bn else []:
@@ -1293,7 +1330,8 @@ def before_batch_cb(f):
 class Metric:
     """Blueprint: `reset` before a pass, `accumulate` after every batch, then `value`.
 
-    Its name, the title of its column, is that of the class in snake case.
+    value: a property, the result over all batches. name: title of its column; here the
+    class name in snake case without 'Metric'.
     """
     value = None
     name = property(lambda self: class2attr(self, 'Metric'))
@@ -1444,22 +1482,23 @@ class Recorder(Callback):
         self.lrs, self.iters, self.losses, self.values = [], [], [], []
         metrics = [mk_metric(m) for m in listify(self.learn.metrics)]
         self.smooth = AvgSmoothLoss(self.beta)
-        self.train_mets = [self.smooth, *metrics * self.train_metrics]
-        self.valid_mets = [AvgLoss(), *metrics * self.valid_metrics]
-        self.valid_mets *= self.dls.valid is not None
+        self.train_mets = [self.smooth, *(metrics if self.train_metrics else [])]
+        self.valid_mets = [AvgLoss(), *(metrics if self.valid_metrics else [])]
+        if self.dls.valid is None:
+            self.valid_mets = []
         prefix = 'valid_' if self.train_metrics else ''
-        train = [f'train_{m.name}' for m in self.train_mets[1:]]
-        valid = ['valid_loss'] + [prefix + m.name for m in self.valid_mets[1:]]
-        valid *= len(self.valid_mets) > 0
-        names = ['epoch', 'train_loss', *train, *valid, 'time']
-        self.metric_names = names if self.add_time else names[:-1]
+        names = ['epoch', 'train_loss']
+        names += [f'train_{m.name}' for m in self.train_mets[1:]]
+        names += ['valid_loss'] if self.valid_mets else []
+        names += [prefix + m.name for m in self.valid_mets[1:]]
+        self.metric_names = names + (['time'] if self.add_time else [])
         self.learn.smooth_loss, self.done = None, {}
 
     def before_epoch(self):
         self.start = time.perf_counter()
 
     def before_train(self):
-        for m in self.train_mets[1:]:
+        for m in self.train_mets[1:]:    # the smoothed loss goes on through the epochs
             m.reset()
 
     def before_validate(self):
@@ -1495,7 +1534,7 @@ class Recorder(Callback):
         self.learn.final_record = row
         self.values.append(row)
         spent = format_time(time.perf_counter() - self.start)
-        self.log = [self.epoch, *row, *[spent] * self.add_time]
+        self.log = [self.epoch, *row, *([spent] if self.add_time else [])]
         in_table = self.logger is print and 'progress' in vars(self.learn)
         (self.progress.write_row if in_table else self.logger)(self.log)
 
@@ -1511,7 +1550,7 @@ class Recorder(Callback):
         if with_valid and self.valid_mets:
             valid = [row[len(self.train_mets)] for row in self.values]
             ax.plot(self.iters, valid, '.-', label='valid')
-        for i in self.iters * show_epochs:
+        for i in self.iters if show_epochs else []:
             ax.axvline(i, color='lightgray', zorder=0)
         ax.set(xlabel='batch', ylabel='loss', yscale='log' if log else 'linear')
         ax.legend()
@@ -1577,8 +1616,8 @@ class ProgressCallback(Callback):
 
     def write_row(self, row):
         self.draw('')
-        widths = [max(len(name), 5, 10 * (name != 'epoch')) for name in
-                  self.recorder.metric_names]
+        widths = [max(len(name), 5 if name == 'epoch' else 10)
+                  for name in self.recorder.metric_names]
         print('  '.join(format_cell(v, w) for v, w in zip(row, widths)), flush=True)
 
 def format_cell(v, width):
@@ -1662,21 +1701,22 @@ def fit_one_cycle(learn, n_epoch, lr_max=None, div=25., div_final=1e5, pct_start
     lr_max: highest rate, by group as in `Optimizer.set_hyper`; default: `learn.lr`.
     div, div_final: it starts at lr_max / div and ends at lr_max / div_final.
     pct_start: share of the fit (0 to 1) up to the peak.
-    moms: momentum at the start, peak and end; default: `learn.moms`. Optimizers without
-      momentum ignore it.
+    moms: momentum at the start, peak and end; default: `learn.moms`. An optimizer with
+      `mom=0` is left without.
     Others: see `Learner.fit`. Source: Smith and Topin, 'Super-Convergence', 2018.
     """
-    lr_max, moms = learn.lr if lr_max is None else lr_max, moms or learn.moms
-    peak = learn.ensure_opt(reset_opt).per_group('lr', lr_max)
+    opt = learn.ensure_opt(reset_opt)
+    peak = opt.per_group('lr', learn.lr if lr_max is None else lr_max)
     start, end = [lr / div for lr in peak], [lr / div_final for lr in peak]
-    scheds = {'lr': combined_cos(pct_start, start, peak, end),
-              'mom': combined_cos(pct_start, *moms)}
+    scheds = {'lr': combined_cos(pct_start, start, peak, end)}
+    if any(hyper.get('mom') != 0 for hyper in opt.hypers):
+        scheds['mom'] = combined_cos(pct_start, *(moms or learn.moms))
     cbs = [ParamScheduler(scheds), *listify(cbs)]
     learn.fit(n_epoch, peak, wd, cbs, start_epoch=start_epoch)
 
 # --------------------------------------------------------------------------------------
-# 11. Saving: files that open with stock torch.load, and never run code
-#     Needs: 2, 4, 6. Tested by: lesson 11.
+# 10. Saving: files that open with stock torch.load, and never run code
+#     Needs: 2, 4, 6. Tested by: lesson 10.
 # --------------------------------------------------------------------------------------
 
 def bare_model(model):
@@ -1688,8 +1728,11 @@ def bare_model(model):
 
 def bare_state(model):
     """State dict of `model` under the keys that it has if no part is wrapped."""
-    state = bare_model(model).state_dict()
-    return {k.replace('_orig_mod.', ''): v for k, v in state.items()}
+    return {bare_key(k): v for k, v in bare_model(model).state_dict().items()}
+
+def bare_key(k):
+    """A key of a state dict without the marks of compiled parts."""
+    return k.replace('_orig_mod.', '')
 
 def save_model(file, model, opt, with_opt=True, pickle_protocol=2):
     """Write the state dict of `model` and, if given and `with_opt`, that of `opt`.
@@ -1751,9 +1794,9 @@ def load_model(file, model, opt, with_opt=None, device=None, strict=True):
     state = load_state(file, device)
     both = isinstance(state, dict) and state.keys() == {'model', 'opt'}
     weights, opt_state = (state['model'], state['opt']) if both else (state, None)
-    check(isinstance(weights, dict), f"{file} holds a {type(weights).__name__}, no model")
-    own = {k.replace('_orig_mod.', ''): k for k in bare_model(model).state_dict()}
-    bare = {k.replace('_orig_mod.', ''): v for k, v in weights.items()}
+    check(isinstance(weights, dict), f"{file} holds no model: {type(weights).__name__}")
+    own = {bare_key(k): k for k in bare_model(model).state_dict()}
+    bare = {bare_key(k): v for k, v in weights.items()}
     bare = {k if k in own else k.removeprefix('module.'): v for k, v in bare.items()}
     check_weights(file, bare, bare_state(model), strict)
     ok = not with_opt or None not in (opt, opt_state)
@@ -1779,8 +1822,8 @@ def check_weights(file, weights, own, strict):
     check(not wrong, f"{file} does not fit the model: {'; '.join(sorted(wrong))}")
 
 # --------------------------------------------------------------------------------------
-# 14. Demo: a small network learns MNIST-1D
-#     Needs: all above. Tested by: lesson 14.
+# 11. Demo: a small network learns MNIST-1D
+#     Needs: all above. Tested by: lesson 11.
 # --------------------------------------------------------------------------------------
 
 def small_cnn():
@@ -1825,6 +1868,7 @@ def draw_demo(learn, folder):
     bottom.plot(learn.recorder.lrs)
     bottom.set(xlabel='batch', ylabel='learning rate')
     x, y = learn.dls.valid_ds[:9]
+    learn.model.eval()
     with torch.no_grad():
         pred = learn.model(x).argmax(1)
     right.suptitle('predicted (true)')

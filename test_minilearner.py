@@ -40,8 +40,12 @@ SOURCE = (HERE / 'minilearner.py').read_text(encoding='utf-8')
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
+LESSONS = []
+
+
 def lesson(title, exercises, hint, read):
     """Open a lesson: the tests below, up to the next call, check `exercises`."""
+    LESSONS.append((title, exercises.split(), hint, read))
 
 
 # -------------------------------------------------------------------- made-up data to train on
@@ -228,7 +232,7 @@ def test_to_device_and_to_detach():
     assert moved[0].device.type == moved[1][0].device.type == 'meta'
     assert ml.to_device(torch.ones(1)).device.type == ml.default_device().type
     cut = ml.to_detach((t * 2, {'k': t * 3}))
-    assert not cut[0].requires_grad and not cut[1 - 0]['k'].requires_grad, "cut from the graph"
+    assert not cut[0].requires_grad and not cut[1]['k'].requires_grad, "cut from the graph"
     assert cut[0].device.type == 'cpu'
 
 
@@ -406,12 +410,6 @@ def test_n_inp_may_come_from_the_loader_or_later():
 def test_dict_batches_say_what_to_override():
     with pytest.raises(TypeError, match="'x'.*override DataLoaders.split_batch"):
         ml.DataLoaders([]).split_batch({'x': 1, 'y': 2})
-    class DictLoaders(ml.DataLoaders):
-        def split_batch(self, b): return (b['x'],), (b['y'],)
-    x, y = line_data(8)
-    learn = line_learner(DictLoaders([{'x': x, 'y': y}], device='cpu'))
-    learn.fit(1)
-    assert len(learn.recorder.losses) == 1
 
 
 def test_from_tensors_splits_once_and_for_all():
@@ -515,7 +513,8 @@ lesson("Optimizer", "sgd_step weight_decay l2_reg average_grad average_sqr_grad 
        "Optimizer.all_params Optimizer.per_group Optimizer.set_hyper Optimizer.step "
        "Optimizer.zero_grad Optimizer.freeze_to Optimizer.freeze Optimizer.clear_state "
        "Optimizer.state_dict Optimizer.load_state_dict as_groups SGD RMSProp Adam "
-       "OptimWrapper.__init__ OptimWrapper.hypers OptimWrapper.set_hyper",
+       "OptimWrapper.__init__ OptimWrapper.hypers OptimWrapper.load_state_dict "
+       "check_same_hypers",
        hint="p.data.add_(g, alpha=-lr) changes p in place; step passes {**state, **hypers}",
        read="section 4, and fastbook chapter 16")
 
@@ -664,6 +663,10 @@ def test_set_hyper_spreads_values_over_groups():
     assert lrs() == pytest.approx([1e-4, 1e-3, 1e-2]), "equal factors from first to last"
     opt.set_hyper('lr', slice(1e-2))
     assert lrs() == pytest.approx([1e-3, 1e-3, 1e-2]), "a tenth for all but the last"
+    with pytest.raises(ValueError, match='above 0'):
+        opt.set_hyper('lr', slice(0, 1e-2))
+    with pytest.raises(ValueError, match='wd='):
+        opt.set_hyper('wd', -1)
     opt.set_hypers(mom=0.9, wd=torch.tensor(0.5))
     assert opt.hypers[1] == {'lr': pytest.approx(1e-3), 'mom': 0.9, 'wd': 0.5}
     one = ml.Optimizer([1], ml.sgd_step, lr=slice(1e-4, 1e-2))
@@ -689,11 +692,11 @@ def test_negative_learning_rates_are_refused():
 
 
 @pytest.mark.parametrize('cbs, given, missing', [
-    ([ml.sgd_step], {}, 'sgd_step needs the hyper lr'),
-    ([ml.average_grad, ml.momentum_step], {'lr': 0.1}, 'average_grad needs the hyper mom'),
+    ([ml.sgd_step], {}, r"sgd_step needs {'lr'}"),
+    ([ml.average_grad, ml.momentum_step], {'lr': 0.1}, r"average_grad needs {'mom'}"),
     ([ml.weight_decay, ml.average_sqr_grad, ml.rms_prop_step], {'lr': 1., 'wd': 1., 'sqr_mom': 0.9},
-     'rms_prop_step needs the hyper eps'),
-    ([ml.momentum_step], {'lr': 0.1}, 'momentum_step needs the hyper grad_avg')])
+     r"rms_prop_step needs {'eps'}"),
+    ([ml.momentum_step], {'lr': 0.1}, r"momentum_step needs {'grad_avg'}.*in front")])
 def test_a_missing_hyper_is_named_before_any_weight_moves(cbs, given, missing):
     p = param()
     opt = ml.Optimizer([p], cbs, **given)
@@ -829,7 +832,7 @@ def test_optimizer_state_goes_out_and_in():
     step(m1, o1, 2)
     step(m2, o2, 2)
     assert same(weights(m1), weights(m2)), "going on from a loaded state is going on"
-    with pytest.raises(ValueError, match='parameters and groups'):
+    with pytest.raises(ValueError, match='2 parameters, this optimizer 1'):
         ml.Adam([param()], lr=1).load_state_dict(state)
 
 
@@ -871,6 +874,27 @@ def test_wrapper_takes_what_torch_and_fastai_give():
     assert [h['lr'] for h in ml.OptimWrapper(groups, torch.optim.SGD, lr=0.1).hypers] == [1., 0.1]
     assert len(ml.OptimWrapper(iter([p, q]), torch.optim.SGD, lr=0.1).param_lists[0]) == 2
     assert ml.OptimWrapper(p, torch.optim.SGD, lr=0.1).param_lists == [[p]]
+
+
+MAKERS = {'SGD': ml.SGD, 'Adam': ml.Adam, 'torch SGD': torch.optim.SGD, 'torch Adam': torch.optim.Adam}
+
+
+@pytest.mark.parametrize('saved, loaded', [(a, b) for a in MAKERS for b in MAKERS if a != b])
+def test_the_state_of_another_optimizer_is_refused(saved, loaded):
+    def learner(name):
+        return line_learner(opt_func=MAKERS[name])
+    buffer = io.BytesIO()
+    learn = learner(saved)
+    learn.fit_one_cycle(1)      # which may add a hyper `mom`
+    learn.save(buffer)
+    other = learner(loaded)
+    before = str(other.ensure_opt().state_dict())
+    with pytest.raises(ValueError, match='optimizer does not fit'):
+        buffer.seek(0)
+        other.load(buffer)
+    assert same(weights(other.model), weights(Line())) and str(other.opt.state_dict()) == before
+    buffer.seek(0)
+    assert same(weights(learner(saved).load(buffer).model), weights(learn.model))
 
 
 def test_wrapper_freezes_clears_and_saves():
@@ -949,7 +973,7 @@ def test_reading_delegates_to_learner_and_model_writing_does_not():
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         learn.tst.other = learn.tst.run_train = 1
-    with pytest.raises(AttributeError, match="Tst has no attribute 'nothing'"):
+    with pytest.raises(AttributeError, match="neither Tst nor its learner has 'nothing'"):
         Tst().nothing
     with pytest.raises(AttributeError, match='nothing'):
         learn.tst.nothing
@@ -1309,6 +1333,15 @@ def test_nested_batches_and_batches_without_target():
     assert 'after_pred' in log.events and 'after_loss' not in log.events, "no target, no loss"
 
 
+def test_dict_batches_with_an_own_split():
+    class DictLoaders(ml.DataLoaders):
+        def split_batch(self, b): return (b['x'],), (b['y'],)
+    x, y = line_data(8)
+    learn = line_learner(DictLoaders([{'x': x, 'y': y}], device='cpu'))
+    learn.fit(1)
+    assert len(learn.recorder.losses) == 1
+
+
 def test_without_validation_loader():
     log = EventLog()
     learn = line_learner(ml.DataLoaders(line_dls().train, device='cpu'), cbs=log, metrics=F.l1_loss)
@@ -1407,7 +1440,7 @@ def test_bad_input_is_refused_before_anything_changes():
                 dict(n_epoch=1, start_epoch=-1), dict(n_epoch=1, lr=slice(-1, 1))):
         with pytest.raises(ValueError):
             learn.fit(**bad)
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match='whole numbers'):
         learn.fit(1.5)
     with pytest.raises(ValueError):
         learn.fit_one_cycle(1, -1)
@@ -1459,7 +1492,7 @@ def test_names_of_callbacks_must_be_free():
     Other.__name__ = 'Recorder'
     learn = line_learner()
     for taken in (AddCbCallback, ModelCallback, Other, learn.recorder):
-        with pytest.raises(ValueError, match='taken'):
+        with pytest.raises(ValueError, match='taken; rename its class|there already'):
             learn.add_cbs([ACallback(), taken])
         assert len(learn.cbs) == 3, "all or none"
     learn.add_cb(ACallback)     # the model has an attribute `a`: that does not count
@@ -1509,6 +1542,15 @@ def test_the_optimizer_is_made_when_needed_and_kept():
     learn.model = Line()
     learn.fit(1)
     assert learn.model.a.item() != 0.5, "a new model gets a new optimizer"
+    for fit in ('fit', 'fit_one_cycle'):
+        learn = line_learner(opt_func=functools.partial(ml.SGD, lr=0.25))
+        getattr(learn, fit)(1)
+        assert learn.opt.hypers[0]['lr'] == 0.25 or max(learn.recorder.lrs) == pytest.approx(0.25), \
+            "already in the first fit"
+    for opt_func in (ml.Adam, torch.optim.AdamW):
+        learn = line_learner(opt_func=opt_func, lr=[0.1, 0.2], splitter=lambda m: [[m.a], [m.b]])
+        learn.fit(1)
+        assert [h['lr'] for h in learn.opt.hypers] == [0.1, 0.2], "the Learner's lr may be a list"
 
 
 @pytest.mark.parametrize('opt_func', [
@@ -1971,15 +2013,25 @@ def test_one_cycle_sets_the_documented_values(n_batches):
 
 def test_one_cycle_options_and_groups():
     seen = []
-    learn = line_learner(splitter=lambda m: [[m.a], [m.b]], opt_func=ml.SGD, cbs=ml.Callback(
+    learn = line_learner(splitter=lambda m: [[m.a], [m.b]], opt_func=ml.Adam, cbs=ml.Callback(
         after_loss=lambda self: self.training and seen.append([dict(h) for h in self.opt.hypers])))
-    learn.fit_one_cycle(1, slice(0.01, 0.1), div=10, div_final=100, pct_start=0.5, moms=(1, 2, 3), wd=0.5)
+    learn.fit_one_cycle(1, slice(0.01, 0.1), div=10, div_final=100, pct_start=0.5, moms=(0.1, 0.2, 0.3), wd=0.5)
     assert [h['lr'] for h in seen[0]] == pytest.approx([0.001, 0.01])
-    assert [h['lr'] for h in seen[2]] == pytest.approx([0.01, 0.1]) and seen[2][0]['mom'] == 2
-    assert seen[0][0]['wd'] == 0.5, "momentum is set, and ignored, where there is none"
+    assert [h['lr'] for h in seen[2]] == pytest.approx([0.01, 0.1]) and seen[2][0]['mom'] == 0.2
+    assert seen[0][0]['wd'] == 0.5
     learn.fit_one_cycle(2, start_epoch=1, reset_opt=True)
     assert len(learn.recorder.lrs) == 4 and learn.recorder.lrs[0] == pytest.approx(
         ml.combined_cos(0.25, 0.1 / 25, 0.1, 0.1 / 1e5)(0.5))
+
+
+@pytest.mark.parametrize('opt_func', [ml.SGD, torch.optim.SGD])
+def test_one_cycle_does_not_switch_momentum_on(opt_func):
+    learn = line_learner(opt_func=opt_func)
+    learn.fit_one_cycle(1)
+    assert learn.opt.hypers[0]['mom'] == 0 and set(learn.recorder.hps) == {'lr'}
+    bare = line_learner(opt_func=functools.partial(ml.Optimizer, cbs=ml.sgd_step))
+    bare.fit_one_cycle(1)
+    assert 'mom' in bare.opt.hypers[0], "where nobody declared it, it is set and does nothing"
 
 
 def test_a_schedule_sets_any_hyper():
@@ -2143,6 +2195,13 @@ def test_import_brings_nothing_but_torch():
 
 
 BANNER = re.compile(r'^# -{80,}\n# (\d+)\. [^\n:]+: [^\n]+\n# +Needs: [^\n]+ Tested by: lesson \d+\.\n# -{80,}$', re.M)
+
+
+def test_every_exercise_exists():
+    for title, exercises, hint, read in LESSONS:
+        assert hint and read, f"lesson {title} needs a hint and something to read"
+        for name in exercises:
+            functools.reduce(getattr, name.split('.'), ml)     # AttributeError: no such thing
 
 
 def test_banners_have_one_form():
