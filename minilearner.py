@@ -298,7 +298,7 @@ class DataLoaders:
                      shuffle=True, drop_last=False, device=None, **kwargs):
         """DataLoaders over tensors x, y (N, ...), which move to the device as a whole.
 
-        valid: a pair of tensors; without it, some of the rows of x, y validate:
+        valid: a pair of tensors; default: rows of x and y, left out of the training.
         valid_pct: their share, from 0 (no validation) to below 1.
         seed: an int that decides which ones; default: the global generator decides.
         shuffle, drop_last: of the training loader.
@@ -319,16 +319,17 @@ class DataLoaders:
                    **kwargs):
         """DataLoaders over data sets, through torch DataLoaders, which get `kwargs`."""
         train = torch.utils.data.DataLoader(train_ds, bs, shuffle, **kwargs)
+        if valid_ds is None:
+            return cls(train, device=device)
         kwargs['drop_last'] = False
-        valid = valid_ds and torch.utils.data.DataLoader(valid_ds, bs, **kwargs)
+        valid = torch.utils.data.DataLoader(valid_ds, bs, **kwargs)
         return cls(train, valid, device=device)
 
     def __getitem__(self, i):
         return self.loaders[i]
 
     def __getattr__(self, k):
-        # subtle: copy and pickle ask before __init__ ran, when there is no `train`
-        # either
+        # subtle: copy and pickle ask before __init__ ran, when `train` is missing, too
         if 'train' not in self.__dict__ or k.startswith('__'):
             raise AttributeError(k)
         return getattr(self.train, k)
@@ -380,8 +381,7 @@ class DataLoaders:
 def show_samples(xs, titles=None, figure=None):
     """Draw samples in a square grid with their titles; the array of matplotlib axes.
 
-    xs: signals (B, L) or (B, 1, L), drawn as lines; images (B, H, W), (B, 1 or 3, H,
-    W).
+    xs: signals (B, L) or (B, 1, L), drawn as lines; or images (B, H, W), (B, C, H, W).
     """
     import matplotlib.pyplot as plt
     side = math.ceil(math.sqrt(len(xs)))
@@ -602,8 +602,8 @@ class Optimizer:
             args = [a for a in args if a.kind not in (a.VAR_KEYWORD, a.VAR_POSITIONAL)]
             known |= {a.name for a in args if a.default is not a.empty}
             missing, name = {a.name for a in args} - known, getattr(f, '__name__', f)
-            check(not missing, f"{name} needs {missing}: give this hyper to the Optimizer, "
-                  "or put the step function that keeps this state in front")
+            check(not missing, f"{name} needs {missing}: give this hyper to the "
+                  "Optimizer, or put the step function that keeps this state in front")
         self._checked = True
 
     def zero_grad(self, set_to_none=True):
@@ -701,8 +701,7 @@ def RMSProp(params, lr, sqr_mom=0.99, mom=0., wd=0., decouple_wd=True, eps=1e-8)
 def Adam(params, lr, mom=0.9, sqr_mom=0.99, eps=1e-5, wd=0.01, decouple_wd=True):
     """Optimizer: momentum and RMSProp together, with both averages debiased.
 
-    Equals torch.optim.AdamW, or Adam for `decouple_wd=False`, with betas=(mom,
-    sqr_mom).
+    Equals torch.optim.AdamW, or Adam for `decouple_wd=False`; betas are mom, sqr_mom.
     """
     damped_average = functools.partial(average_grad, dampening=True)
     steps = [damped_average, average_sqr_grad, step_stat, adam_step]
@@ -733,8 +732,6 @@ class OptimWrapper(Optimizer):
             opt = opt(params, **kwargs)
         self.opt, self.state, self.frozen_idx = opt, defaultdict(dict), 0
         self.hp_map = hp_map or self.hp_map
-        self.step, self.state_dict = opt.step, opt.state_dict
-        self.clear_state = opt.state.clear
         self.set_hypers(**ours)
 
     param_groups = property(lambda self: self.opt.param_groups)
@@ -761,6 +758,18 @@ class OptimWrapper(Optimizer):
             value = tuple(value if j == int(item[0]) else old
                           for j, old in enumerate(group[key]))
         group[key] = value
+
+    def step(self):
+        """A step of the torch optimizer."""
+        self.opt.step()
+
+    def clear_state(self):
+        """Forget what the torch optimizer remembers."""
+        self.opt.state.clear()
+
+    def state_dict(self):
+        """That of the torch optimizer."""
+        return self.opt.state_dict()
 
     def load_state_dict(self, sd):
         """Load what `state_dict` gave. Raises: ValueError if another kind gave it."""
@@ -1383,7 +1392,8 @@ class AvgLoss(AvgMetric):
 
     def batch_value(self, learn):
         """The loss of one batch."""
-        return learn.loss.detach().float().mean()
+        loss = learn.loss.detach().float()
+        return loss.mean() if loss.dim() else loss    # a mean costs more than the test
 
 class AvgSmoothLoss(AvgLoss):
     """Moving average of `learn.loss`, debiased; `beta` (0 to 1) weighs the past."""

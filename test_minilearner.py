@@ -444,6 +444,7 @@ def test_from_dsets_uses_torch_loaders():
     dls = ml.DataLoaders.from_dsets(ds, ds, bs=4, drop_last=True, device='cpu')
     assert isinstance(dls.train, DataLoader) and (len(dls.train), len(dls.valid)) == (2, 3)
     assert ml.DataLoaders.from_dsets(ds).valid is None
+    assert len(ml.DataLoaders.from_dsets(ds, []).valid) == 0
 
 
 def test_to_moves_the_tensors_of_memory_and_the_batches():
@@ -908,6 +909,8 @@ def test_wrapper_freezes_clears_and_saves():
     assert not opt.opt.state
     opt.load_state_dict(state)
     assert len(opt.opt.state) == 2
+    opt.clear_state()
+    assert not opt.opt.state, "also after torch made a new dict for it"
     opt.zero_grad()
     assert p.grad is None
 
