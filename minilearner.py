@@ -120,7 +120,8 @@ def check_not_negative(name, value):
 
 def add_note(error, text):
     """Append `text` to what a traceback of `error` shows (from Python 3.11 on)."""
-    error.__notes__ = [*getattr(error, '__notes__', []), text]
+    notes = getattr(error, '__notes__', [])
+    error.__notes__ = notes if text in notes else [*notes, text]
 
 def listify(o):
     """`o` as a new list: None is empty, a list or tuple its items, else one item."""
@@ -150,6 +151,11 @@ def replacing_yield(o, attr, val):
         yield setattr(o, attr, val)
     finally:
         setattr(o, attr, old)
+
+def func_name(f):
+    """Name of a function, also of one inside a `partial`; of an object, its class's."""
+    f = getattr(f, 'func', f)
+    return getattr(f, '__name__', class2attr(f, 'Metric'))
 
 def plain_number(v):
     """`v` as a Python number if it is a tensor or array of one, else as it is."""
@@ -200,10 +206,10 @@ def to_detach_from_dl(learn, b, cpu=True, gather=True):
     return getattr(learn.dl, 'to_detach', to_detach)(b, cpu=cpu, gather=gather)
 
 def find_bs(b):
-    """Batch size of `b`: the number of rows of the first tensor in it."""
+    """Batch size of `b`: the rows of its first, innermost item; 1 without a shape."""
     while isinstance(b, (tuple, list, dict)) and len(b):
         b = next(iter(b.values())) if isinstance(b, dict) else b[0]
-    return b.shape[0] if getattr(b, 'shape', ()) else len(b)
+    return b.shape[0] if getattr(b, 'shape', ()) else 1
 
 def set_seed(s, reproducible=False):
     """Seed Python, NumPy (if imported) and torch, on all devices, with the int `s`.
@@ -225,11 +231,12 @@ def trainable_params(model):
     """The parameters of `model` that require a gradient: a list, hence one group."""
     return [p for p in model.parameters() if p.requires_grad]
 
+NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
 def norm_bias_params(model, with_bias=True):
     """List of the parameters of all norm layers and, if `with_bias`, all biases."""
-    norms = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
     return [p for m in model.modules() for name, p in m.named_parameters(recurse=False)
-            if isinstance(m, norms) or (with_bias and 'bias' in name)]
+            if isinstance(m, NORM_LAYERS) or (with_bias and 'bias' in name)]
 
 # --------------------------------------------------------------------------------------
 # 3. Data: loaders of batches, and a data set that needs no download
@@ -281,7 +288,7 @@ class DataLoaders:
     """
     def __init__(self, *loaders, path='.', device=None, n_inp=None, vocab=None,
                  decode=None):
-        self.loaders = [dl for dl in loaders if dl is not None]
+        self.loaders = list(loaders)
         if not loaders or loaders[0] is None:
             raise TypeError("no training loader: write DataLoaders(train, valid)")
         if any(isinstance(dl, Iterator) for dl in loaders):
@@ -321,7 +328,7 @@ class DataLoaders:
         train = torch.utils.data.DataLoader(train_ds, bs, shuffle, **kwargs)
         if valid_ds is None:
             return cls(train, device=device)
-        kwargs['drop_last'] = False
+        kwargs.update(drop_last=False, sampler=None)
         valid = torch.utils.data.DataLoader(valid_ds, bs, **kwargs)
         return cls(train, valid, device=device)
 
@@ -370,13 +377,7 @@ class DataLoaders:
                 dl.dataset.tensors = to_device(dl.dataset.tensors, self.device)
         return self
 
-    def cuda(self):
-        """`to('cuda')`"""
-        return self.to('cuda')
-
-    def cpu(self):
-        """`to('cpu')`"""
-        return self.to('cpu')
+    cuda, cpu = functools.partialmethod(to, 'cuda'), functools.partialmethod(to, 'cpu')
 
 def show_samples(xs, titles=None, figure=None):
     """Draw samples in a square grid with their titles; the array of matplotlib axes.
@@ -550,14 +551,14 @@ class Optimizer:
     def per_group(self, k, v):
         """The list of values, one a group, that `v` stands for; see `set_hyper`."""
         n = len(self.param_lists)
+        values = v if isinstance(v, (list, tuple)) else [v] * n
         if isinstance(v, slice) and v.start is None:
-            return [v.stop / 10] * (n - 1) + [v.stop]
-        if isinstance(v, slice):
+            values = [v.stop / 10] * (n - 1) + [v.stop]
+        elif isinstance(v, slice):
             check(v.start > 0 and v.stop > 0, f"{k}={v}: both ends must be above 0")
             # steps back from the last group, so that a single group gets v.stop
             back = [(n - 1 - i) / max(1, n - 1) for i in range(n)]
-            return [v.stop * (v.start / v.stop) ** step for step in back]
-        values = v if isinstance(v, (list, tuple)) else [v] * n
+            values = [v.stop * (v.start / v.stop) ** step for step in back]
         values = [plain_number(value) for value in values]
         ok = len(values) == n and not hasattr(values[0], 'shape')
         check(ok, f"{k}={v!r}, for {n} group(s): give a number, or a list of {n}")
@@ -587,24 +588,33 @@ class Optimizer:
     @torch.no_grad()
     def step(self):
         """Run the step functions on every parameter that has a gradient."""
-        if not self._checked:
+        if not self._checked and self.all_params(with_grad=True):
             self._check_hypers()
         for p, _, state, hyper in self.all_params(with_grad=True):
             for f in self.cbs:
                 state.update(f(p, **{**state, **hyper}) or {})
 
     def _check_hypers(self):
-        known = set(self.hypers[0])
-        for _, _, state, _ in self.all_params():
-            known |= state.keys()
+        """Find what is missing before a weight moves; if in doubt, try on a copy."""
+        known, doubtful = set(self.hypers[0]).union(*self.state.values()), set()
         for f in self.cbs:
             _, *args = inspect.signature(f).parameters.values()    # all but p
             args = [a for a in args if a.kind not in (a.VAR_KEYWORD, a.VAR_POSITIONAL)]
-            known |= {a.name for a in args if a.default is not a.empty}
-            missing, name = {a.name for a in args} - known, getattr(f, '__name__', f)
-            check(not missing, f"{name} needs {missing}: give this hyper to the "
-                  "Optimizer, or put the step function that keeps this state in front")
+            doubtful |= {a.name for a in args if a.default is a.empty} - known
+            known |= {a.name for a in args}
+        if doubtful:
+            self._rehearse(*self.all_params(with_grad=True)[0])
         self._checked = True
+
+    def _rehearse(self, p, group, state, hyper):
+        trial, state = p.detach().clone(), map_tensors(torch.clone, state)
+        trial.grad = p.grad.detach().clone()
+        for f in self.cbs:
+            try:
+                state.update(f(trial, **{**state, **hyper}) or {})
+            except TypeError as e:
+                raise ValueError(f"{e}: give this hyper to the Optimizer, or put the "
+                                 "function that keeps this state in front") from e
 
     def zero_grad(self, set_to_none=True):
         """Forget all gradients; `set_to_none=False` fills them with 0 instead."""
@@ -624,10 +634,11 @@ class Optimizer:
         self.frozen_idx = max(0, n if n >= 0 else n_groups + n)
         if self.frozen_idx >= n_groups:
             warnings.warn(f"freeze_to({n}) freezes all {n_groups} parameter group(s)")
-        for p, _, state, _ in self.all_params(slice(self.frozen_idx)):
-            p.requires_grad_(state.get('force_train', False))
-        for p, *_ in self.all_params(slice(self.frozen_idx, None)):
-            p.requires_grad_(True)
+        for i, group in enumerate(self.param_lists):
+            for p in group:
+                p.requires_grad_(i >= self.frozen_idx or 'force_train' in self.state[p])
+                if not p.requires_grad:
+                    p.grad = None    # or one more step would move it
 
     def freeze(self):
         """Train only the last group. Raises: ValueError if it is the only one."""
@@ -655,20 +666,23 @@ class Optimizer:
 
         Raises: ValueError, before any change, for the state of another optimizer.
         """
-        params = [p for p, *_ in self.all_params()]
-        check_same_hypers(sd.get('hypers', []), self.hypers)
-        n = len(sd['state'])
-        check(n == len(params), f"it has {n} parameters, this optimizer {len(params)}")
-        for p, state in zip(params, sd['state']):
+        check_state_fits(self, sd.get('hypers', []), sd.get('state', []))
+        for (p, *_), state in zip(self.all_params(), sd['state']):
             self.state[p] = map_tensors(lambda t: t.to(p.device, copy=True), state)
         self.hypers = [dict(h) for h in sd['hypers']]
 
-def check_same_hypers(theirs, own):
-    """Raise ValueError unless two lists of hypers have the same groups and names."""
-    check(len(theirs) == len(own), f"it has {len(theirs)} groups, here {len(own)}")
-    for a, b in zip(theirs, own):
+def check_state_fits(opt, hypers, states):
+    """Raise ValueError unless hypers (one dict a group), states (a parameter) fit."""
+    params = [p for p, *_ in opt.all_params()]
+    found, own = (len(hypers), len(states)), (len(opt.hypers), len(params))
+    check(found == own, f"its numbers of groups and parameters are {found}, here {own}")
+    for a, b in zip(hypers, opt.hypers):
         differ = b.keys() - a | a.keys() - b - {'mom', 'wd'}    # these a fit may add
         check(not differ, f"one of the two optimizers has no {sorted(differ)}")
+    for p, state in zip(params, states):
+        tensors = [v for v in state.values() if isinstance(v, torch.Tensor)]
+        ok = all(v.shape in ((), p.shape) for v in tensors)
+        check(ok, f"it has a state of another shape for a parameter {list(p.shape)}")
 
 def as_groups(params):
     """Lists of parameters from parameters, iterables of them, or a single tensor."""
@@ -773,8 +787,9 @@ class OptimWrapper(Optimizer):
 
     def load_state_dict(self, sd):
         """Load what `state_dict` gave. Raises: ValueError if another kind gave it."""
-        groups = sd.get('param_groups', [])
-        check_same_hypers([self._hypers_of(group) for group in groups], self.hypers)
+        hypers = [self._hypers_of(group) for group in sd.get('param_groups', [])]
+        states = [sd.get('state', {}).get(i, {}) for i in range(len(self.all_params()))]
+        check_state_fits(self, hypers, states)
         self.opt.load_state_dict(sd)
 
 # --------------------------------------------------------------------------------------
@@ -817,6 +832,8 @@ EVENTS = tuple("""after_create before_fit before_epoch before_train before_batch
     after_cancel_epoch after_epoch after_cancel_fit after_fit""".split())
 BATCH_EVENTS = EVENTS[EVENTS.index('before_batch'):EVENTS.index('after_batch') + 1]
 
+ORDERING = ('order', 'run_before', 'run_after')
+
 # The events as attributes, for tab completion: event.before_fit == 'before_fit'
 event = types.SimpleNamespace(**{name: name for name in EVENTS})
 
@@ -844,6 +861,11 @@ def check_event(name):
         near = difflib.get_close_matches(today, EVENTS, 1, 0)
         raise AttributeError(f"{name!r} is not an event; did you mean {near[0]!r}?")
 
+def check_handler(name, value):
+    """`check_event` if `value`, an attribute of a callback, looks like a handler."""
+    if re.match('(before|after|begin)_', name) and callable(value):
+        check_event(name)
+
 class Callback:
     """Base class: define methods named after events; they take only `self`.
 
@@ -864,14 +886,12 @@ class Callback:
     def __init__(self, **handlers):
         for name, f in handlers.items():
             check_event(name)
-            setattr(self, name, types.MethodType(f, self))
+            setattr(self, name, functools.partial(f, self))
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         for name in dir(cls):
-            looks_like_one = name.startswith(('before_', 'after_', 'begin_'))
-            if looks_like_one and callable(getattr(cls, name)):
-                check_event(name)
+            check_handler(name, getattr(cls, name))
 
     def __call__(self, event_name):
         """Run the method `event_name`, if it exists and the flags allow; its result."""
@@ -897,8 +917,9 @@ class Callback:
         if known and not hasattr(Callback, k):
             warnings.warn(f"You are shadowing an attribute ({k}) that exists in the "
                           f"learner. Use `self.learn.{k}` to avoid this", stacklevel=2)
+        check_handler(k, v)
         super().__setattr__(k, v)
-        if learn is not None and (k in EVENTS or k == 'order'):
+        if learn is not None and (k in EVENTS or k in ORDERING):
             learn._handlers = {}    # who handles what has changed
 
     def __repr__(self):
@@ -937,6 +958,10 @@ class TrainEvalCallback(Callback):
 
     def before_train(self):
         self.model.train()
+        for m in [] if self.train_bn else self.model.modules():
+            frozen = not any(p.requires_grad for p in m.parameters())
+            if isinstance(m, NORM_LAYERS) and frozen:
+                m.eval()    # or its running mean and variance would move
         self.learn.training = True
         self.learn.pct_train = self.epoch / self.n_epoch
 
@@ -995,7 +1020,7 @@ class Learner:
         self.path, self.model_dir = Path(dls.path if path is None else path), model_dir
         self.logger, self.opt, self.training, self.completed = print, None, False, True
         self.epoch, self.n_epoch, self.train_iter, self.pct_train = 0, 1, 0, 0.
-        self.iter, self.n_iter, self._cbs, self._opt_params = 0, None, [], None
+        self.iter, self.n_iter, self._cbs = 0, None, []
         self._forget_batch()
         self.loss = torch.tensor(0.)
         self.cbs = [*(defaults.callbacks if default_cbs else []), *listify(cbs)]
@@ -1060,9 +1085,10 @@ class Learner:
             self.loss = self.loss_func(self.pred, *self.yb)
             self._fire('after_loss')
         if self.yb and self.training:
+            opt = self.opt or self.ensure_opt()
             self._stage('backward', self._backward, CancelBackwardException)
-            self._stage('step', self.opt.step, CancelStepException)
-            self.opt.zero_grad()
+            self._stage('step', opt.step, CancelStepException)
+            opt.zero_grad()
 
     def _backward(self):
         self.loss.backward()
@@ -1098,7 +1124,8 @@ class Learner:
             self._handlers[name] = self.ordered_cbs(name)
         for cb in self._handlers[name]:
             try:
-                cb(name)
+                if cb.learn is self:    # it may have been removed by the one before
+                    cb(name)
             except BaseException as e:
                 add_note(e, f"raised by the callback {cb!r} in {name}")
                 raise
@@ -1213,13 +1240,13 @@ class Learner:
         self.model.to(self.dls.device)    # first, so that its state lands there, too
         make = self.opt_func
         self.lr = getattr(make, 'keywords', {}).get('lr', self.lr)
-        self._opt_params = [id(p) for p in self.model.parameters()]
         f = getattr(make, 'func', make)
         if isinstance(f, type) and issubclass(f, torch.optim.Optimizer):
             make = functools.partial(OptimWrapper, opt=make)
         lr = self.lr if isinstance(self.lr, (int, float)) else defaults.lr
         opt = make(self.splitter(self.model), lr=lr)
         self.opt = OptimWrapper(opt) if isinstance(opt, torch.optim.Optimizer) else opt
+        self.opt.made_for = list(self.model.parameters())
         self.opt.set_hyper('lr', self.lr)    # it may be a list or slice, by group
         for p in [] if self.wd_bn_bias else norm_bias_params(self.model):
             self.opt.state[p]['do_wd'] = False
@@ -1228,8 +1255,11 @@ class Learner:
 
     def ensure_opt(self, reset=False):
         """The optimizer; a new one if `reset`, or if there is none for this model."""
-        ids = [id(p) for p in self.model.parameters()]
-        changed = self._opt_params not in (None, ids)
+        if isinstance(self.opt, torch.optim.Optimizer):
+            self.opt = OptimWrapper(self.opt)
+        now = list(self.model.parameters())
+        then = getattr(self.opt, 'made_for', now)    # a user's own optimizer stays
+        changed = [id(p) for p in now] != [id(p) for p in then]
         if reset or changed or self.opt is None:
             self.create_opt()
         return self.opt
@@ -1272,7 +1302,21 @@ class Learner:
 
     def show_training_loop(self):
         """Print the events of a fit, indented, with the callbacks of each."""
-        show_training_loop(self)
+        batches = ['Start Batch Loop', *BATCH_EVENTS, 'End Batch Loop']
+        fit = ['Start Fit', 'before_fit', 'Start Epoch Loop', 'before_epoch',
+               'Start Train', 'before_train', *batches, 'End Train',
+               'after_cancel_train', 'after_train', 'Start Valid', 'before_validate',
+               batches[0], '**CBs same as train batch**', batches[-1], 'End Valid',
+               'after_cancel_validate', 'after_validate', 'End Epoch Loop',
+               'after_cancel_epoch', 'after_epoch', 'End Fit', 'after_cancel_fit',
+               'after_fit']
+        indent = 0
+        for line in fit:
+            indent -= 2 * line.startswith('End')
+            is_title = line.startswith(('Start', 'End'))
+            shown = line if is_title else f' - {line:15}: {self.ordered_cbs(line)}'
+            print(' ' * indent + shown)
+            indent += 2 * line.startswith('Start')
 
     def fit_one_cycle(self, *args, **kwargs):
         """fit_one_cycle(n_epoch, lr_max=None, div=25., div_final=1e5, pct_start=0.25,
@@ -1300,25 +1344,8 @@ def loader_len(dl):
     """Number of batches of a loader; None if it has no length."""
     try:
         return len(dl)
-    except TypeError:
+    except (TypeError, NotImplementedError):
         return None
-
-def show_training_loop(learn):
-    """Print the events of a fit, indented, with the callbacks of each."""
-    batches = ['Start Batch Loop', *BATCH_EVENTS, 'End Batch Loop']
-    fit = ['Start Fit', 'before_fit', 'Start Epoch Loop', 'before_epoch', 'Start Train',
-           'before_train', *batches, 'End Train', 'after_cancel_train', 'after_train',
-           'Start Valid', 'before_validate', batches[0], '**CBs same as train batch**',
-           batches[-1], 'End Valid', 'after_cancel_validate', 'after_validate',
-           'End Epoch Loop', 'after_cancel_epoch', 'after_epoch', 'End Fit',
-           'after_cancel_fit', 'after_fit']
-    indent = 0
-    for line in fit:
-        indent -= 2 * line.startswith('End')
-        is_title = line.startswith(('Start', 'End'))
-        shown = line if is_title else f' - {line:15}: {learn.ordered_cbs(line)}'
-        print(' ' * indent + shown)
-        indent += 2 * line.startswith('Start')
 
 def before_batch_cb(f):
     """Decorator: a callback that replaces each batch by `f(self, xb, yb) -> xb, yb`.
@@ -1368,19 +1395,16 @@ class AvgMetric(Metric):
     def accumulate(self, learn):
         """Add the batch. The sum stays on the device, so that nothing waits for it."""
         value, bs = self.batch_value(learn), find_bs(learn.yb)
-        self.total = self.total + map_tensors(torch.detach, value) * bs
+        if isinstance(value, torch.Tensor):    # a sum of float16 soon overflows
+            value = value.detach().to(torch.promote_types(value.dtype, torch.float32))
+        self.total = self.total + value * bs
         self.count += bs
 
     def batch_value(self, learn):
         """The value for one batch."""
         return self.func(learn.pred, *learn.yb)
 
-    @property
-    def name(self):
-        """Name of the function, also of one inside a `partial`."""
-        f = getattr(self.func, 'func', self.func)
-        return getattr(f, '__name__', class2attr(f, 'Metric'))
-
+    name = property(lambda self: func_name(self.func))
     value = property(lambda self: self.total / self.count if self.count else None)
 
 class AvgLoss(AvgMetric):
@@ -1392,7 +1416,7 @@ class AvgLoss(AvgMetric):
 
     def batch_value(self, learn):
         """The loss of one batch."""
-        loss = learn.loss.detach().float()
+        loss = learn.loss
         return loss.mean() if loss.dim() else loss    # a mean costs more than the test
 
 class AvgSmoothLoss(AvgLoss):
@@ -1405,7 +1429,7 @@ class AvgSmoothLoss(AvgLoss):
 
     def accumulate(self, learn):
         """Add the loss of the batch."""
-        loss = self.batch_value(learn)
+        loss = self.batch_value(learn).detach().float()
         past = self.total if self.count else torch.zeros_like(loss)
         self.total, self.count = torch.lerp(loss, past, self.beta), self.count + 1
 
@@ -1419,7 +1443,7 @@ class ValueMetric(Metric):
     name = None
 
     def __init__(self, func, metric_name=None):
-        self.func, self.name = func, metric_name or func.__name__
+        self.func, self.name = func, metric_name or func_name(func)
 
     value = property(lambda self: self.func())
 
@@ -1481,7 +1505,7 @@ class Recorder(Callback):
     values: all rows, without epoch and time, `learn.final_record` being the last; None
       is where a cancelled pass has left no value.
     """
-    order, train_mets = 50, ()
+    order, train_mets, valid_mets, done = 50, (), (), None
 
     def __init__(self, add_time=True, train_metrics=False, valid_metrics=True,
                  beta=0.98):
@@ -1527,18 +1551,20 @@ class Recorder(Callback):
             self.lrs.append(learn.opt.hypers[-1]['lr'])
 
     def after_train(self):
-        self.iters.append(len(self.losses))
-        if self.completed:
-            self.done['train'] = [plain_number(m.value) for m in self.train_mets]
+        self._keep('train', self.train_mets)
 
     def after_validate(self):
-        if self.completed:
-            self.done['valid'] = [plain_number(m.value) for m in self.valid_mets]
+        self._keep('valid', self.valid_mets)
+
+    def _keep(self, phase, metrics):
+        if self.completed and metrics:
+            self.done[phase] = [plain_number(m.value) for m in metrics]
 
     def after_epoch(self):
         done, self.done = self.done, {}
         if not done:
             return      # an epoch that was skipped
+        self.iters.append(len(self.losses))
         row = [*done.get('train', [None] * len(self.train_mets)),
                *done.get('valid', [None] * len(self.valid_mets))]
         self.learn.final_record = row
@@ -1588,7 +1614,7 @@ class ProgressCallback(Callback):
 
     def before_fit(self):
         self.shows = self.logger is print and 'recorder' in vars(self.learn)
-        is_live = sys.stdout.isatty() or 'ipykernel' in sys.modules
+        is_live = getattr(sys.stdout, 'isatty', bool)() or 'ipykernel' in sys.modules
         self.has_bar = self.shows and is_live
         self.drawn = ''
         if self.shows:
@@ -1631,9 +1657,12 @@ class ProgressCallback(Callback):
         print('  '.join(format_cell(v, w) for v, w in zip(row, widths)), flush=True)
 
 def format_cell(v, width):
-    """A cell of the table: floats with six decimals, or in short if they do not fit."""
-    text = '' if v is None else f'{v:.6f}' if isinstance(v, float) else str(v)
-    return (text if len(text) <= width else f'{v:.2e}').rjust(width)
+    """A cell of the table: floats with six decimals; what does not fit is shortened."""
+    if isinstance(v, float):
+        text = f'{v:.6f}' if len(f'{v:.6f}') <= width else f'{v:.2e}'
+    else:
+        text = '' if v is None else ' '.join(str(v).split())[:width]
+    return text.rjust(width)
 
 defaults.callbacks += [Recorder, ProgressCallback]
 
@@ -1762,7 +1791,7 @@ def save_state(state, file, pickle_protocol=2):
     """`torch.save`, to a path in one go: a crash or full disk leaves what was there."""
     if hasattr(file, 'write'):
         return torch.save(state, file, pickle_protocol=pickle_protocol)
-    file = Path(file)
+    file = Path(file).resolve()    # through links, which should stay
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f'{file.name}.{os.getpid()}.tmp')
     try:
@@ -1786,10 +1815,10 @@ def load_state(file, device=None):
             check(broken is None, f"wrong checksum in {broken}")
             f.seek(start)
             return torch.load(f, map_location=device or 'cpu', weights_only=True)
-    except FileNotFoundError as e:
-        raise FileNotFoundError(f"there is no file {file}") from e
+    except OSError:
+        raise
     except Exception as e:
-        raise ValueError(f"{file} is no intact file of torch.save: {e!r}") from e
+        raise ValueError(f"cannot load {file} (should be torch.save's): {e!r}") from e
 
 def load_model(file, model, opt, with_opt=None, device=None, strict=True):
     """Load what `save_model` wrote into `model` and `opt`, wherever these live.
@@ -1804,7 +1833,8 @@ def load_model(file, model, opt, with_opt=None, device=None, strict=True):
     state = load_state(file, device)
     both = isinstance(state, dict) and state.keys() == {'model', 'opt'}
     weights, opt_state = (state['model'], state['opt']) if both else (state, None)
-    check(isinstance(weights, dict), f"{file} holds no model: {type(weights).__name__}")
+    ok = isinstance(weights, dict) and all(isinstance(k, str) for k in weights)
+    check(ok, f"{file} holds no model: {type(weights).__name__}")
     own = {bare_key(k): k for k in bare_model(model).state_dict()}
     bare = {bare_key(k): v for k, v in weights.items()}
     bare = {k if k in own else k.removeprefix('module.'): v for k, v in bare.items()}
@@ -1814,7 +1844,7 @@ def load_model(file, model, opt, with_opt=None, device=None, strict=True):
     if opt is not None and opt_state is not None and with_opt is not False:
         try:
             opt.load_state_dict(opt_state)
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+        except Exception as e:
             raise ValueError(f"{file}: its optimizer does not fit, {e}; to leave it "
                              "out, use with_opt=False") from e
     weights = {own[k]: v for k, v in bare.items() if k in own}

@@ -276,7 +276,7 @@ def test_to_detach_joins_the_rows_of_two_processes(tmp_path):
 def test_find_bs_is_the_rows_of_the_first_tensor():
     t = torch.zeros(5, 2)
     assert [ml.find_bs(b) for b in (t, (t,), [(t, 1)], {'a': t}, (torch.zeros(7), t))] == [5] * 4 + [7]
-    assert ml.find_bs((None,) * 0) == 0, "no target, no rows"
+    assert ml.find_bs((torch.tensor(3.), 'text')) == 1, "without a shape it counts as one row"
 
 
 def test_set_seed_decides_all_random_numbers():
@@ -371,6 +371,7 @@ def test_dataloaders_name_their_parts():
         dls.nothing
     extra = [1]
     assert ml.DataLoaders([], [], extra, device='cpu')[2] is extra
+    assert ml.DataLoaders([], None, extra, device='cpu').valid is None, "a test set does not validate"
 
 
 @pytest.mark.parametrize('dls', [(), (None,), (None, [])])
@@ -515,7 +516,7 @@ lesson("Optimizer", "sgd_step weight_decay l2_reg average_grad average_sqr_grad 
        "Optimizer.zero_grad Optimizer.freeze_to Optimizer.freeze Optimizer.clear_state "
        "Optimizer.state_dict Optimizer.load_state_dict as_groups SGD RMSProp Adam "
        "OptimWrapper.__init__ OptimWrapper.hypers OptimWrapper.load_state_dict "
-       "check_same_hypers",
+       "check_state_fits",
        hint="p.data.add_(g, alpha=-lr) changes p in place; step passes {**state, **hypers}",
        read="section 4, and fastbook chapter 16")
 
@@ -670,6 +671,8 @@ def test_set_hyper_spreads_values_over_groups():
         opt.set_hyper('wd', -1)
     opt.set_hypers(mom=0.9, wd=torch.tensor(0.5))
     assert opt.hypers[1] == {'lr': pytest.approx(1e-3), 'mom': 0.9, 'wd': 0.5}
+    opt.set_hyper('lr', slice(__import__('numpy').float64(0.5)))
+    assert [type(lr) for lr in lrs()] == [float] * 3, "plain numbers: they go into safe files"
     one = ml.Optimizer([1], ml.sgd_step, lr=slice(1e-4, 1e-2))
     assert one.hypers == [{'lr': 1e-2}], "a single group is the last group"
 
@@ -693,17 +696,29 @@ def test_negative_learning_rates_are_refused():
 
 
 @pytest.mark.parametrize('cbs, given, missing', [
-    ([ml.sgd_step], {}, r"sgd_step needs {'lr'}"),
-    ([ml.average_grad, ml.momentum_step], {'lr': 0.1}, r"average_grad needs {'mom'}"),
+    ([ml.sgd_step], {}, r"sgd_step.*missing.*'lr'"),
+    ([ml.average_grad, ml.momentum_step], {'lr': 0.1}, r"average_grad.*missing.*'mom'"),
     ([ml.weight_decay, ml.average_sqr_grad, ml.rms_prop_step], {'lr': 1., 'wd': 1., 'sqr_mom': 0.9},
-     r"rms_prop_step needs {'eps'}"),
-    ([ml.momentum_step], {'lr': 0.1}, r"momentum_step needs {'grad_avg'}.*in front")])
+     r"rms_prop_step.*missing.*'eps'"),
+    ([ml.momentum_step], {'lr': 0.1}, r"momentum_step.*'grad_avg'.*in front")])
 def test_a_missing_hyper_is_named_before_any_weight_moves(cbs, given, missing):
     p = param()
     opt = ml.Optimizer([p], cbs, **given)
     with pytest.raises(ValueError, match=missing):
         opt.step()
     assert close(p, [1., 2.]) and close(p.grad, [0.5, -1.])
+
+
+def test_state_need_not_be_an_argument_of_the_function_that_returns_it():
+    calls = []
+    def norm(p, **kwargs): calls.append('norm'); return {'norm': p.grad.norm()}
+    def norm_step(p, lr, norm, **kwargs): p.data.add_(p.grad / norm, alpha=-lr)
+    p = param((1., 2.), (3., 4.))
+    ml.Optimizer([p], [norm, norm_step], lr=1.).step()
+    assert close(p, [1 - 0.6, 2 - 0.8])
+    calls.clear()
+    ml.Optimizer([p], [norm, ml.sgd_step], lr=1.).step()
+    assert calls == ['norm'], "where nothing is in doubt, each function runs once"
 
 
 def test_the_books_step_functions_work_unchanged():
@@ -729,6 +744,23 @@ def test_the_books_step_functions_work_unchanged():
                                eps=1e-8, lr=0.01), SAME_OPTIMIZERS['rmsprop'][1])]:
         for a, b in zip(train_100_steps(book), train_100_steps(mine)):
             assert torch.allclose(a, b, rtol=1e-9)
+
+
+@pytest.mark.parametrize('make', [ml.Adam, lambda ps, lr: ml.OptimWrapper(ps, torch.optim.AdamW, lr=lr)])
+def test_the_state_of_another_shape_is_refused_before_any_change(make):
+    def stepped(*values):
+        opt = make([param(v, v) for v in values], lr=0.1)
+        opt.step()
+        return opt
+    a, b = stepped((1., 2.), (3.,)), stepped((3.,), (1., 2.))
+    before = str(b.state_dict())
+    with pytest.raises(ValueError, match='another shape'):
+        b.load_state_dict(a.state_dict())
+    assert str(b.state_dict()) == before
+    swapped = dict(reversed(copy.deepcopy(a.state_dict()).items()))
+    a.load_state_dict(swapped)      # the order of keys means nothing
+    with pytest.raises(ValueError):
+        a.load_state_dict({})
 
 
 def test_step_updates_state_and_leaves_alone_what_has_no_gradient():
@@ -833,7 +865,7 @@ def test_optimizer_state_goes_out_and_in():
     step(m1, o1, 2)
     step(m2, o2, 2)
     assert same(weights(m1), weights(m2)), "going on from a loaded state is going on"
-    with pytest.raises(ValueError, match='2 parameters, this optimizer 1'):
+    with pytest.raises(ValueError, match=r'groups and parameters are \(1, 2\), here \(1, 1\)'):
         ml.Adam([param()], lr=1).load_state_dict(state)
 
 
@@ -903,12 +935,13 @@ def test_wrapper_freezes_clears_and_saves():
     opt = ml.OptimWrapper([[p], [q]], torch.optim.Adam, lr=0.1)
     opt.freeze()
     assert not p.requires_grad and q.requires_grad
+    assert p.grad is None, "its gradient must not move it once more"
     opt.step()
     state = copy.deepcopy(opt.state_dict())
     opt.clear_state()
     assert not opt.opt.state
     opt.load_state_dict(state)
-    assert len(opt.opt.state) == 2
+    assert len(opt.opt.state) == 1
     opt.clear_state()
     assert not opt.opt.state, "also after torch made a new dict for it"
     opt.zero_grad()
@@ -1001,6 +1034,28 @@ def test_callbacks_copy_and_pickle():
     assert same(weights(learn.model), weights(Line())), "the copy trained, the original did not"
 
 
+def test_a_callback_from_functions_pickles():
+    cb = pickle.loads(pickle.dumps(ml.Callback(before_batch=ml.detuplify)))
+    assert cb.before_batch.args == (cb,), "bound to the copy, not to the original"
+
+
+def test_instances_are_checked_for_misspelt_events_too():
+    with pytest.raises(AttributeError, match='after_batch'):
+        ml.Callback().after_bacth = print
+    ml.Callback().after_all = 'no handler, just a text'
+
+
+def test_a_callback_removed_by_another_is_not_called():
+    class B(ml.Callback):
+        def before_batch(self): raise AssertionError("it is gone")
+    class A(ml.Callback):
+        order = -5
+        def before_batch(self): self.learn.remove_cb(B)
+    learn = line_learner(cbs=[B, A])
+    learn.fit(1)
+    assert [cb.name for cb in learn.cbs][-1] == 'a'
+
+
 def test_run_flags():
     class Count(ml.Callback):
         def before_fit(self): self.n = [0, 0]
@@ -1074,7 +1129,7 @@ lesson("Learner", "Learner.__init__ Learner.fit Learner._all_epochs Learner._one
        "Learner.remove_cbs Learner.added_cbs Learner.removed_cbs Learner.__getattr__ "
        "Learner.gather_args Learner.create_opt Learner.ensure_opt Learner.freeze_to "
        "Learner.freeze Learner.no_logging Learner.no_bar Learner.loss_not_reduced loader_len "
-       "show_training_loop before_batch_cb",
+       "Learner.show_training_loop before_batch_cb",
        hint="write _stage first: every part of the loop is before_X, the part, after_X",
        read="section 6, and the timeline in section 5")
 
@@ -1531,6 +1586,51 @@ def test_unknown_attributes_are_those_of_the_model():
     assert not hasattr(ml.Learner.__new__(ml.Learner), 'anything'), "no endless recursion"
 
 
+def test_copies_go_on_like_the_original():
+    learn = line_learner()
+    learn.fit(1)
+    for dup in (copy.deepcopy(learn), pickle.loads(pickle.dumps(strip(learn)))):
+        dup.logger = print
+        opt = dup.opt
+        with dup.no_logging():
+            dup.fit(1)
+        assert dup.opt is opt, "the copy keeps its optimizer"
+        twin = copy.deepcopy(learn)
+        twin.fit(1)
+        assert same(weights(dup.model), weights(twin.model))
+
+
+def strip(learn):
+    learn.logger = print    # a lambda cannot be pickled
+    return learn
+
+
+def test_own_optimizers_are_kept_and_wrapped():
+    learn = line_learner(model=Line())
+    learn.fit(1)
+    learn.model = Line()
+    learn.opt = opt = ml.SGD(learn.model.parameters(), lr=0.1)
+    learn.fit(1)
+    assert learn.opt is opt
+    learn.opt = torch.optim.SGD(learn.model.parameters(), lr=0.1)
+    learn.fit(1)
+    assert isinstance(learn.opt, ml.OptimWrapper)
+
+
+def test_frozen_norm_layers_keep_their_statistics_unless_train_bn():
+    def run(train_bn):
+        model = small_net()
+        learn = line_learner(ml.DataLoaders(class_batches(), device='cpu'), model, train_bn=train_bn,
+                             loss_func=F.cross_entropy, splitter=lambda m: [list(m[:2].parameters()),
+                                                                            list(m[2:].parameters())])
+        learn.freeze()
+        before = weights(model[:2])
+        learn.fit(1)
+        return [torch.equal(a, b) for a, b in zip(before, weights(model[:2]))]
+    assert all(run(False)), "frozen means frozen, running mean and variance included"
+    assert run(True) == [True, True, False, False, False, False, False], "all of the norm layer trains"
+
+
 def test_the_optimizer_is_made_when_needed_and_kept():
     learn = line_learner(opt_func=functools.partial(ml.SGD, lr=0.25))
     learn.create_opt()
@@ -1772,6 +1872,16 @@ def test_avg_loss_and_smooth_loss():
     assert smooth.value is None and smooth.total == 0.
 
 
+def test_sums_of_half_precision_do_not_overflow():
+    metric = ml.AvgMetric(lambda pred, y: torch.tensor(40., dtype=torch.float16))
+    for _ in range(400):
+        metric.accumulate(fake_learn(None, (torch.ones(8),)))
+    assert metric.value.item() == 40 and metric.total.dtype == torch.float32
+    exact = ml.AvgMetric(lambda pred, y: torch.tensor(1 + 1e-12, dtype=torch.float64))
+    exact.accumulate(fake_learn(None, (torch.ones(8),)))
+    assert exact.value.dtype == torch.float64, "double stays double"
+
+
 def test_value_metric():
     def metric_value_fn(): return 5e-3
     metric = ml.ValueMetric(metric_value_fn, 'custom_value_metric')
@@ -1813,6 +1923,9 @@ def test_torchmetrics_objects_work():
     learn.fit(2)
     for row in learn.recorder.values:
         assert row[2] == pytest.approx(row[3])
+    learn.metrics = torchmetrics.ConfusionMatrix('multiclass', num_classes=3)
+    lines = printed(learn).splitlines()
+    assert len(lines) == 3 and len({len(line) for line in lines}) == 1, "a matrix is cut to its cell"
 
 
 def test_accuracy_and_error_rate():
@@ -1881,6 +1994,14 @@ def test_metrics_assigned_later_are_used():
     assert learn.recorder.metric_names[3] == 'l1_loss'
 
 
+def test_recorder_outside_of_a_fit():
+    learn = line_learner()
+    for name in ('after_train', 'after_validate', 'after_epoch'):
+        learn(name)
+    learn.cbs = [ml.TrainEvalCallback]
+    learn.fit(1, cbs=ml.Callback(before_epoch=lambda self: self.learn.add_cb(ml.Recorder)))
+
+
 def test_history_survives_an_interrupt():
     def stop(self):
         if self.epoch == 2: raise KeyboardInterrupt
@@ -1888,6 +2009,7 @@ def test_history_survives_an_interrupt():
     with pytest.raises(KeyboardInterrupt):
         learn.fit(5, cbs=ml.Callback(before_batch=stop))
     assert len(learn.recorder.values) == 2 and len(learn.recorder.losses) == 8
+    assert learn.recorder.iters == [4, 8] and len(learn.recorder.plot_loss().lines) == 2
 
 
 def printed(learn, n_epoch=2, out=None):
@@ -2111,7 +2233,7 @@ def test_with_opt_and_strict(tmp_path):
 
 
 @pytest.mark.parametrize('damage', ['missing', 'empty', 'cut', 'flipped', 'text', 'list', 'shape', 'code',
-                                    'optimizer'])
+                                    'optimizer', 'keys', 'states', 'device'])
 def test_bad_files_change_nothing_and_run_no_code(tmp_path, damage):
     class Evil:
         def __reduce__(self): return os.mkdir, (str(tmp_path / 'was-here'),)
@@ -2130,7 +2252,10 @@ def test_bad_files_change_nothing_and_run_no_code(tmp_path, damage):
         file.write_text('hello')
     else:
         wrong = {'list': [1], 'shape': {'a': torch.ones(2), 'b': torch.ones(())}, 'code': Evil(),
-                 'optimizer': {'model': learn.model.state_dict(), 'opt': {'state': [], 'hypers': []}}}
+                 'optimizer': {'model': learn.model.state_dict(), 'opt': {'state': [], 'hypers': []}},
+                 'keys': {1: torch.ones(2)}, 'device': {'a': torch.ones((), device='meta')},
+                 'states': {'model': learn.model.state_dict(),
+                            'opt': {'state': [1, 2], 'hypers': learn.opt.hypers}}}
         torch.save(wrong[damage], file)
     with pytest.raises(FileNotFoundError if damage == 'missing' else ValueError, match=re.escape(str(file))):
         learn.load('file')
