@@ -21,9 +21,11 @@ Map
      6  Learner          the loop itself
      7  Metrics          AvgMetric, AvgLoss, accuracy
      8  Recorder         history, progress, plots
-     9  Schedules        annealers, ParamScheduler, fit_one_cycle
-    10  Saving           save_model, load_model
-    11  Demo             python minilearner.py
+     9  Schedules        annealers, fit_one_cycle, fine_tune, lr_find
+    10  Inference        validate, get_preds, predict, show_results, tta
+    11  Saving           save_model, load_model, export
+    12  A shelf          callbacks to take: early stopping, clipping, accumulation
+    13  Demo             python minilearner.py
 
 Glossary (B is the batch size, C the number of classes)
     batch       what a loader yields: a tensor, or inputs and targets, such as `(x, y)`
@@ -47,11 +49,14 @@ Sources: fastai's documentation of its Learner, fastbook chapters 16 and 19, and
 papers that the docstrings name. The code is written anew.
 """
 import argparse
+import copy
 import difflib
 import functools
 import inspect
 import math
+import operator
 import os
+import pickle
 import random
 import re
 import shutil
@@ -60,7 +65,7 @@ import time
 import types
 import warnings
 import zipfile
-from collections import ChainMap, defaultdict
+from collections import ChainMap, defaultdict, namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -227,6 +232,21 @@ def set_seed(s, reproducible=False):
     if reproducible:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
 
+def rng_state():
+    """State of all random number generators that `set_seed` seeds: a dict."""
+    numpy = sys.modules.get('numpy')
+    return {'python': random.getstate(), 'torch': torch.get_rng_state(),
+            'cuda': torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            'numpy': numpy and numpy.random.get_state()}
+
+def set_rng_state(state):
+    """Go back to what `rng_state` returned."""
+    random.setstate(state['python'])
+    torch.set_rng_state(state['torch'])
+    torch.cuda.set_rng_state_all(state['cuda'])
+    if state['numpy'] is not None:
+        sys.modules['numpy'].random.set_state(state['numpy'])
+
 def trainable_params(model):
     """The parameters of `model` that require a gradient: a list, hence one group."""
     return [p for p in model.parameters() if p.requires_grad]
@@ -367,7 +387,7 @@ class DataLoaders:
         if self.decode:
             return self.decode(y)
         y = plain_number(y)
-        return y if self.vocab is None else self.vocab[y]
+        return self.vocab[y] if self.vocab is not None and isinstance(y, int) else y
 
     def to(self, device):
         """Send batches to `device` from now on; tensors in memory move at once."""
@@ -877,11 +897,13 @@ class Callback:
       list, stronger than `order`.
     run: False skips all events up to the end of the fit, which sets it back to True.
     run_train, run_valid: False skips those from before_batch to after_batch there.
+    rests: True removes it while predictions are made, as it watches over training.
     Raises: AttributeError for a method that looks like an event but is none.
     Source: fastbook chapter 16.
     """
     order, run_before, run_after, learn = 0, (), (), None
     run = run_train = run_valid = True
+    rests = False
 
     def __init__(self, **handlers):
         for name, f in handlers.items():
@@ -1320,8 +1342,55 @@ class Learner:
 
     def fit_one_cycle(self, *args, **kwargs):
         """fit_one_cycle(n_epoch, lr_max=None, div=25., div_final=1e5, pct_start=0.25,
-        wd=None, moms=None, cbs=None, reset_opt=False, start_epoch=0): see there."""
+        wd=None, moms=None, cbs=None, reset_opt=False, start_epoch=0): see the function
+        below.
+        """
         fit_one_cycle(self, *args, **kwargs)
+
+    def fine_tune(self, *args, **kwargs):
+        """fine_tune(epochs, base_lr=2e-3, freeze_epochs=1, lr_mult=100, pct_start=0.3,
+        div=5.0, **kwargs): see the function below.
+        """
+        fine_tune(self, *args, **kwargs)
+
+    def lr_find(self, *args, **kwargs):
+        """lr_find(start_lr=1e-7, end_lr=10, num_it=100, stop_div=True, show_plot=True,
+        suggest_funcs=(minimum, steep)): see the function below.
+        """
+        return lr_find(self, *args, **kwargs)
+
+    def validation_context(self, cbs=None, inner=False):
+        """Context for predictions that disturb nothing; see the function below."""
+        return validation_context(self, cbs)
+
+    def validate(self, ds_idx=1, dl=None, cbs=None):
+        """`[loss, *metrics]` of loader `ds_idx`, or of `dl`; see the function below."""
+        return validate(self, ds_idx, dl, cbs)
+
+    def get_preds(self, *args, **kwargs):
+        """get_preds(ds_idx=1, dl=None, with_input=False, with_decoded=False,
+        with_loss=False, act=None, inner=False, reorder=True, cbs=None, save_preds=None,
+        save_targs=None, concat_dim=0): see the function below.
+        """
+        return get_preds(self, *args, **kwargs)
+
+    def predict(self, item, with_input=False):
+        """Prediction for one item without batch dimension; see the function below."""
+        return predict(self, item, with_input)
+
+    def show_results(self, ds_idx=1, dl=None, max_n=9, shuffle=True):
+        """Draw samples with target and prediction; see the function below."""
+        return show_results(self, ds_idx, dl, max_n, shuffle)
+
+    def tta(self, *args, **kwargs):
+        """tta(ds_idx=1, dl=None, n=4, item_tfms=None, batch_tfms=None, beta=0.25,
+        use_max=False): see the function below.
+        """
+        return tta(self, *args, **kwargs)
+
+    def export(self, fname='export.pkl', pickle_protocol=2):
+        """Write the learner without data and optimizer; see the function below."""
+        return export(self, fname, pickle_protocol)
 
     def model_file(self, file):
         """path/model_dir/file.pth; an absolute path, or an open file, as it is."""
@@ -1505,7 +1574,7 @@ class Recorder(Callback):
     values: all rows, without epoch and time, `learn.final_record` being the last; None
       is where a cancelled pass has left no value.
     """
-    order, train_mets, valid_mets, done = 50, (), (), None
+    order, rests, train_mets, valid_mets, done = 50, True, (), (), None
 
     def __init__(self, add_time=True, train_metrics=False, valid_metrics=True,
                  beta=0.98):
@@ -1581,7 +1650,7 @@ class Recorder(Callback):
         with_valid: and the validation loss of each epoch. log: logarithmic axis.
         show_epochs: mark the ends of epochs. ax: matplotlib axes to draw into.
         """
-        ax, losses = ax or new_axes(), [float(loss) for loss in self.losses]
+        ax, losses = ax or new_axes()[0, 0], [float(loss) for loss in self.losses]
         ax.plot(range(skip_start, len(losses)), losses[skip_start:], label='train')
         if with_valid and self.valid_mets:
             valid = [row[len(self.train_mets)] for row in self.values]
@@ -1592,10 +1661,38 @@ class Recorder(Callback):
         ax.legend()
         return ax
 
-def new_axes():
-    """Axes in a new matplotlib figure."""
+    def plot_sched(self, keys=None, figsize=None):
+        """Draw the hypers that a schedule has set, by batch; returns the array of axes.
+
+        keys: their names; default: all. figsize: of the figure, in inches.
+        """
+        keys = list(self.hps) if keys is None else listify(keys)
+        axs = new_axes(len(keys), figsize)
+        for ax, key in zip(axs.flat, keys):
+            ax.plot(self.hps[key])
+            ax.set(xlabel='batch', ylabel=key)
+        return axs
+
+    def plot_lr_find(self, skip_end=5, suggestions=None, ax=None):
+        """Draw the loss by learning rate, as `lr_find` left it; returns the axes.
+
+        skip_end: leave out so many batches, when the loss explodes. suggestions: what
+        `lr_find` returned, to mark.
+        """
+        ax, n = ax or new_axes()[0, 0], max(1, len(self.losses) - skip_end)
+        ax.plot(self.lrs[:n], [float(loss) for loss in self.losses[:n]])
+        for name, lr in suggestions._asdict().items() if suggestions else ():
+            loss = self.losses[min(range(n), key=lambda i: abs(self.lrs[i] - lr))]
+            ax.plot(lr, float(loss), 'o', label=f'{name}: {lr:.1e}')
+            ax.legend()
+        ax.set(xlabel='learning rate', ylabel='loss', xscale='log')
+        return ax
+
+def new_axes(n=1, figsize=None):
+    """Array (1, n) of axes, side by side in a new matplotlib figure."""
     import matplotlib.pyplot as plt
-    return plt.subplots(layout='constrained')[1]
+    figsize = figsize or (6.4 * n, 4.8)
+    return plt.subplots(1, n, squeeze=False, figsize=figsize, layout='constrained')[1]
 
 def format_time(seconds):
     """'mm:ss', or 'h:mm:ss' from an hour on."""
@@ -1610,7 +1707,7 @@ class ProgressCallback(Callback):
     reading the loss waits for the device. If `learn.logger` is not `print`, or there is
     no Recorder, this does nothing: somebody else shows the rows.
     """
-    order, has_bar, drawn = 55, False, ''
+    order, rests, has_bar, drawn = 55, True, False, ''
 
     def before_fit(self):
         self.shows = self.logger is print and 'recorder' in vars(self.learn)
@@ -1682,11 +1779,28 @@ def annealer(f):
         return f(start, end, pos)
     return lambda start, end: functools.partial(at, start, end)
 
+def sched_lin(start, end, pos):
+    """On a straight line."""
+    return start + pos * (end - start)
+
+def sched_no(start, end, pos):
+    """`start` all the time."""
+    return start
+
+def sched_exp(start, end, pos):
+    """By equal factors; both ends above 0."""
+    return start * (end / start) ** pos
+
 def sched_cos(start, end, pos):
     """Along half a cosine: slow, fast, slow."""
     return start + (1 - math.cos(math.pi * pos)) * (end - start) / 2
 
-SchedCos = annealer(sched_cos)
+SchedLin, SchedNo = annealer(sched_lin), annealer(sched_no)
+SchedExp, SchedCos = annealer(sched_exp), annealer(sched_cos)
+
+def SchedPoly(start, end, power):
+    """From `start` to `end` along `pos**power`."""
+    return annealer(lambda s, e, pos: s + (e - s) * pos**power)(start, end)
 
 def combine_scheds(pcts, scheds):
     """Play schedules one after another; `pcts` are their shares and sum to 1.
@@ -1753,9 +1867,341 @@ def fit_one_cycle(learn, n_epoch, lr_max=None, div=25., div_final=1e5, pct_start
     cbs = [ParamScheduler(scheds), *listify(cbs)]
     learn.fit(n_epoch, peak, wd, cbs, start_epoch=start_epoch)
 
+def fine_tune(learn, epochs, base_lr=2e-3, freeze_epochs=1, lr_mult=100, pct_start=0.3,
+              div=5.0, **kwargs):
+    """Train the last group for `freeze_epochs` epochs, then all groups for `epochs`.
+
+    base_lr: highest rate of the first part; in the second, half of it for the last
+      group, and a `lr_mult`-th of that for the first one.
+    pct_start, div, kwargs: of the second part, see `fit_one_cycle`.
+    Source: fastai's documentation of transfer learning.
+    """
+    learn.freeze()
+    learn.fit_one_cycle(freeze_epochs, slice(base_lr), pct_start=0.99, **kwargs)
+    base_lr /= 2
+    learn.unfreeze()
+    lrs = slice(base_lr / lr_mult, base_lr)
+    learn.fit_one_cycle(epochs, lrs, pct_start=pct_start, div=div, **kwargs)
+
+class LRFinder(ParamScheduler):
+    """Raises the learning rate by equal factors for `num_it` batches, then stops.
+
+    stop_div: also end it when the smoothed loss exceeds 4 times its lowest value, or is
+    no number any more. There is no validation.
+    Source: Smith, 'Cyclical Learning Rates for Training Neural Networks', 2017.
+    """
+    def __init__(self, start_lr=1e-7, end_lr=10, num_it=100, stop_div=True):
+        self.num_it, self.stop_div, self.best_loss = num_it, stop_div, math.inf
+        self.scheds = {'lr': lambda pct_train: sched_exp(
+            start_lr, end_lr, self.learn.train_iter / num_it)}
+
+    def before_fit(self):
+        self.hps = {'lr': []}
+
+    def after_batch(self):
+        loss = float(self.learn.smooth_loss)
+        self.best_loss = min(self.best_loss, loss)
+        if self.stop_div and not loss <= 4 * self.best_loss:
+            raise CancelFitException
+        if self.train_iter >= self.num_it:
+            raise CancelFitException
+
+    def before_validate(self):
+        raise CancelValidException
+
+def minimum(lrs, losses, num_it):
+    """A tenth of the rate at which the loss was lowest."""
+    return lrs[losses.argmin()] / 10
+
+def steep(lrs, losses, num_it):
+    """The rate at which the loss fell most steeply, by the logarithm of the rate."""
+    return lrs[(losses.diff() / lrs.log().diff()).argmin()]
+
+def valley(lrs, losses, num_it):
+    """The rate in the middle of the longest stretch over which the loss falls.
+
+    Single rises inside do not end it: it is the longest falling subsequence.
+    """
+    length = [1] * len(losses)
+    for i in range(len(losses)):
+        before = [length[j] for j in range(i) if losses[j] > losses[i]]
+        length[i] = 1 + max(before, default=0)
+    end = max(range(len(losses)), key=length.__getitem__)
+    return lrs[end - length[end] // 2]
+
+def lr_find(learn, start_lr=1e-7, end_lr=10, num_it=100, stop_div=True, show_plot=True,
+            suggest_funcs=(minimum, steep)):
+    """Try out learning rates from `start_lr` to `end_lr`; then all is as it was before.
+
+    num_it, stop_div: see `LRFinder`.
+    show_plot: draw the loss by rate; the Recorder's `plot_lr_find` can do it later.
+    suggest_funcs: functions of (lrs, losses, num_it): `minimum`, `steep`, `valley`.
+    Returns: what these suggest, a named tuple of floats; None without them. Weights,
+    optimizer and random numbers are those of before, and no file is written.
+    Raises: ValueError if the loss was never a number.
+    """
+    check(hasattr(learn, 'recorder'), "lr_find needs it: learn.add_cb(Recorder)")
+    sources = [getattr(o, 'generator', None) for o in
+               (learn.dls.train, getattr(learn.dls.train, 'sampler', None))]
+    sources = [(o, o.get_state()) for o in sources if isinstance(o, torch.Generator)]
+    model, opt, rng = learn.model, learn.opt, rng_state()
+    weights, opt_state = copy.deepcopy((model.state_dict(), opt and opt.state_dict()))
+    batches = loader_len(learn.dls.train) or num_it
+    try:
+        with learn.no_logging():
+            finder = LRFinder(start_lr, end_lr, num_it, stop_div)
+            learn.fit(1 + num_it // batches, cbs=finder)
+    finally:
+        model.load_state_dict(weights)
+        learn.opt = opt
+        if opt is not None:
+            opt.load_state_dict(opt_state)
+        set_rng_state(rng)
+        for source, state in sources:
+            source.set_state(state)
+    found = suggest_lrs(learn.recorder, num_it, suggest_funcs)
+    if show_plot:
+        learn.recorder.plot_lr_find(suggestions=found)
+    return found
+
+def suggest_lrs(recorder, num_it, suggest_funcs):
+    """What the functions say of the losses, less the first tenth and the last five."""
+    if not suggest_funcs:
+        return None
+    lrs = torch.tensor(recorder.lrs)
+    losses = torch.tensor([float(v) for v in recorder.losses])
+    used = slice(num_it // 10, -5) if len(losses) > num_it // 10 + 7 else slice(None)
+    lrs, losses = lrs[used], losses[used]
+    check(len(losses) > 1 and losses.isfinite().any(), "the loss was never a number")
+    names = [func_name(f) for f in listify(suggest_funcs)]
+    found = [float(f(lrs, losses, num_it)) for f in listify(suggest_funcs)]
+    return namedtuple('SuggestedLRs', names)(*found)
+
 # --------------------------------------------------------------------------------------
-# 10. Saving: files that open with stock torch.load, and never run code
-#     Needs: 2, 4, 6. Tested by: lesson 10.
+# 10. Inference: predictions in the order of the data, which disturb nothing
+#     Needs: 2 to 7. Tested by: lesson 10.
+# --------------------------------------------------------------------------------------
+
+@contextmanager
+def validation_context(learn, cbs=None):
+    """Context for predictions, also in the middle of a training: nothing is disturbed.
+
+    cbs: callbacks for the time being. Callbacks that have `rests` are away; nothing is
+    printed; the model is on the device of `dls`, in evaluation mode, without gradients.
+    """
+    kept = {k: getattr(learn, k) for k in ('dl', 'xb', 'yb', 'pred', 'loss', 'iter',
+                                           'n_iter', 'training', 'completed')}
+    modes = {m: m.training for m in learn.model.modules()}
+    resting = [cb for cb in learn.cbs if cb.rests]
+    try:
+        with learn.no_logging(), learn.removed_cbs(resting), learn.added_cbs(cbs), \
+                torch.no_grad():
+            learn.model.to(learn.dls.device).eval()
+            learn.training = False
+            yield learn
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
+        vars(learn).update(kept)
+
+def run_validation(learn, dl, cbs):
+    """One pass over `dl`, with its events, in a `validation_context`."""
+    with validation_context(learn, cbs):
+        learn.dl = dl
+        learn._stage('validate', learn.all_batches, CancelValidException)
+
+def ordered_loader(dl):
+    """A loader of all rows that `dl` draws from, in order; `dl` if these are unknown.
+
+    All rows of the data set, or those of a SubsetRandomSampler; nothing is dropped.
+    """
+    if isinstance(dl, TensorLoader):
+        return TensorLoader(*dl.dataset.tensors, bs=dl.bs)
+    data = torch.utils.data
+    sampler, dataset = getattr(dl, 'sampler', None), getattr(dl, 'dataset', None)
+    if isinstance(sampler, data.SubsetRandomSampler):
+        dataset = data.Subset(dataset, list(sampler.indices))
+    elif not isinstance(sampler, (data.SequentialSampler, data.RandomSampler)):
+        return dl
+    if dl.batch_size is None:    # batches of the user's own making
+        return dl
+    # with a generator of its own, a pass does not draw its base seed from torch's
+    return data.DataLoader(dataset, dl.batch_size, num_workers=dl.num_workers,
+                           collate_fn=dl.collate_fn, generator=torch.Generator())
+
+class GatherMetricsCallback(Callback):
+    """Measures the loss and copies of the learner's metrics over one pass."""
+    order = 50
+
+    def before_validate(self):
+        metrics = [mk_metric(m) for m in listify(self.learn.metrics)]
+        self.measures = [AvgLoss(), *copy.deepcopy(metrics)]
+        for m in self.measures:
+            m.reset()
+
+    def after_batch(self):
+        if self.completed and self.yb:
+            for m in self.measures:
+                m.accumulate(self.learn)
+
+def validate(learn, ds_idx=1, dl=None, cbs=None):
+    """`[loss, *metrics]`, plain numbers, of all rows of loader `ds_idx`, or of `dl`."""
+    gather, dl = GatherMetricsCallback(), learn.dls[ds_idx] if dl is None else dl
+    run_validation(learn, ordered_loader(dl), [gather, *listify(cbs)])
+    return [plain_number(m.value) for m in gather.measures]
+
+class GatherPredsCallback(Callback):
+    """Collects inputs, predictions, targets and losses of one pass, on the CPU.
+
+    act: function applied to predictions.
+    save_preds, save_targs: folders to write them to, a file a batch, and keep none.
+    """
+    order = 50
+
+    def __init__(self, act=None, with_input=False, with_loss=False, save_preds=None,
+                 save_targs=None):
+        self.act, self.with_input, self.with_loss = act, with_input, with_loss
+        self.save_preds, self.save_targs = save_preds, save_targs
+
+    def before_validate(self):
+        self.inputs, self.preds, self.targets, self.losses = [], [], [], []
+
+    def after_batch(self):
+        learn = self.learn
+        if not learn.completed:
+            return
+        pred = learn.pred if self.act is None else self.act(learn.pred)
+        self.keep(self.preds, pred, self.save_preds)
+        if learn.yb:
+            self.keep(self.targets, learn.y, self.save_targs)
+        if self.with_input:
+            self.keep(self.inputs, learn.x)
+        if self.with_loss:
+            self.keep(self.losses, learn.loss.view(find_bs(learn.yb), -1).mean(1))
+
+    def keep(self, kept, b, folder=None):
+        b = self.learn.to_detach(b)
+        if folder is None:
+            kept.append(b)
+        else:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            torch.save(b, Path(folder) / f'{self.learn.iter:06}.pt')
+
+def concat(parts, dim=0):
+    """Join tensors, or tuples of them that are nested alike, along `dim`."""
+    if not parts:
+        return None
+    if isinstance(parts[0], (tuple, list)):
+        return type(parts[0])(concat(list(p), dim) for p in zip(*parts))
+    return torch.cat(parts, dim)
+
+def act_and_decodes(loss_func):
+    """Functions from model output to prediction, and from prediction to decision.
+
+    The loss function's own `activation` and `decodes`; else softmax and largest class
+    for cross-entropy; sigmoid and above 0.5 for binary cross-entropy with logits.
+    """
+    act = decodes = lambda pred: pred
+    if isinstance(loss_func, nn.CrossEntropyLoss) or loss_func is F.cross_entropy:
+        act = functools.partial(torch.softmax, dim=1)
+        decodes = functools.partial(torch.argmax, dim=1)
+    bce = F.binary_cross_entropy_with_logits
+    if isinstance(loss_func, nn.BCEWithLogitsLoss) or loss_func is bce:
+        act, decodes = torch.sigmoid, lambda pred: pred > 0.5
+    return getattr(loss_func, 'activation', act), getattr(loss_func, 'decodes', decodes)
+
+def get_preds(learn, ds_idx=1, dl=None, with_input=False, with_decoded=False,
+              with_loss=False, act=None, inner=False, reorder=True, cbs=None,
+              save_preds=None, save_targs=None, concat_dim=0):
+    """Predictions and targets of all rows of loader number `ds_idx`, or of `dl`.
+
+    with_input, with_decoded, with_loss: return these as well; losses are (N,).
+    act: function applied to predictions; default: what suits the loss function.
+    inner: accepted as in fastai; predicting in the middle of a training always works.
+    reorder: all rows in the order of the data set, though the loader shuffles or drops
+      some; False takes the batches of the loader as they come.
+    cbs: callbacks for this call.
+    save_preds, save_targs: folders to save to, a file per batch; then None is returned.
+    concat_dim: the batch dimension.
+    Returns: ([inputs,] preds, targets[, decoded][, losses]); tensors on the CPU.
+    """
+    dl = learn.dls[ds_idx] if dl is None else dl
+    dl = ordered_loader(dl) if reorder else dl
+    default_act, decodes = act_and_decodes(learn.loss_func)
+    act = default_act if act is None else act
+    gather = GatherPredsCallback(act, with_input, with_loss, save_preds, save_targs)
+    with learn.loss_not_reduced() if with_loss else nullcontext():
+        run_validation(learn, dl, [gather, *listify(cbs)])
+    preds = concat(gather.preds, concat_dim)
+    result = [concat(gather.inputs, concat_dim)] if with_input else []
+    result += [preds, concat(gather.targets, concat_dim)]
+    result += [decodes(preds)] if with_decoded else []
+    return (*result, *([concat(gather.losses)] if with_loss else []))
+
+def predict(learn, item, with_input=False):
+    """Prediction for one `item`: a tensor or array without batch dimension, or a tuple.
+
+    Returns: ([input,] what a person reads, by `vocab` or `decode` of the DataLoaders;
+    the decoded prediction; the prediction).
+    Raises: ValueError, with its shape, for an item that the model cannot take.
+    """
+    items = item if isinstance(item, tuple) else (item,)
+    items = tuple(torch.as_tensor(o) for o in items)
+    batch = tuple(o[None] for o in items)
+    with contextmanager(replacing_yield)(learn.dls, 'n_inp', len(batch)):
+        try:
+            pred, _, decoded = get_preds(learn, dl=[batch], with_decoded=True)
+        except (RuntimeError, ValueError, TypeError, IndexError) as e:
+            shapes = ', '.join(str(list(o.shape)) for o in items)
+            raise ValueError(f"cannot predict for an item of shape {shapes}: give one "
+                             f"like dls.train_ds[0][0], without batch ({e})") from e
+    pred, decoded = (map_tensors(lambda t: t[0], o) for o in (pred, decoded))
+    result = (learn.dls.decoded(decoded), decoded, pred)
+    return (detuplify(items), *result) if with_input else result
+
+def show_results(learn, ds_idx=1, dl=None, max_n=9, shuffle=True):
+    """Draw up to `max_n` samples, target over prediction; returns the array of axes.
+
+    shuffle: any of a batch, not the first ones. For inputs see `show_samples`.
+    """
+    dl = ordered_loader(learn.dls[ds_idx] if dl is None else dl)
+    batch = [next(iter(dl))]
+    x, _, y, decoded = get_preds(learn, dl=batch, with_input=True, with_decoded=True)
+    generator = torch.Generator()
+    generator.seed()    # by chance, but not at the cost of the global generator
+    order = torch.randperm(len(decoded), generator=generator) if shuffle else \
+        torch.arange(len(decoded))
+    titles = [f'{learn.dls.decoded(y[i])}\n{learn.dls.decoded(decoded[i])}'
+              for i in order[:max_n]]
+    x = x[0] if isinstance(x, tuple) else x
+    return show_samples(x[order[:max_n]], titles)
+
+def tta(learn, ds_idx=1, dl=None, n=4, item_tfms=None, batch_tfms=None, beta=0.25,
+        use_max=False):
+    """Test time augmentation: the mean of `n` augmented passes, mixed with a plain one.
+
+    item_tfms, batch_tfms: functions that augment an input, or a batch of them; without
+      these, augmentation is up to the data set.
+    beta: weight of the plain predictions; None returns `(augmented, plain)`.
+    use_max: the largest of all predictions instead of means. Returns: (preds, targets).
+    """
+    def augment(self):
+        x = self.x
+        if item_tfms is not None:
+            x = torch.stack([item_tfms(item) for item in x])
+        self.learn.xb = (x if batch_tfms is None else batch_tfms(x),)
+    cb = Callback(before_batch=augment)
+    passes = torch.stack([get_preds(learn, ds_idx, dl, cbs=cb)[0] for _ in range(n)])
+    augmented = passes.amax(0) if use_max else passes.mean(0)
+    plain, targets = get_preds(learn, ds_idx, dl)
+    if beta is None:
+        return augmented, plain
+    mixed = torch.maximum(augmented, plain) if use_max else augmented.lerp(plain, beta)
+    return mixed, targets
+
+# --------------------------------------------------------------------------------------
+# 11. Saving: files that open with stock torch.load, and never run code
+#     Needs: 2, 4, 6. Tested by: lesson 11.
 # --------------------------------------------------------------------------------------
 
 def bare_model(model):
@@ -1861,9 +2307,246 @@ def check_weights(file, weights, own, strict):
         wrong += [f'has {k} too many' for k in weights.keys() - own]
     check(not wrong, f"{file} does not fit the model: {'; '.join(sorted(wrong))}")
 
+def export(learn, fname='export.pkl', pickle_protocol=2):
+    """Write the learner, without data and optimizer, to learn.path/fname; the path.
+
+    For `load_learner`. Of functions and classes only the names are saved: where it is
+    loaded, these must be there to import.
+    Raises: ValueError, which names it, if something cannot be pickled.
+    """
+    file, dls, opt = learn.path / fname, learn.dls, learn.opt
+    kept = ('path', 'device', 'n_inp', 'vocab', 'decode')
+    learn.dls = DataLoaders([], **{k: getattr(dls, k) for k in kept})
+    learn.opt = None
+    try:
+        check_picklable(learn, learn)
+        for cb in learn.cbs:
+            check_picklable(cb, learn)
+        save_state(learn, file, pickle_protocol)
+    finally:
+        learn.dls, learn.opt = dls, opt
+    return file
+
+def check_picklable(o, learn):
+    """Raise ValueError, naming it, for an attribute of `o` that cannot be pickled."""
+    for k, v in vars(o).items():
+        if v is learn or isinstance(v, Callback) or k == '_cbs' or k == '_handlers':
+            continue
+        try:
+            pickle.dumps(v)
+        except Exception as e:
+            raise ValueError(f"cannot export {k}={v!r} of the {type(o).__name__}: {e}; "
+                             "use a function or class that a module defines") from e
+
+def load_learner(fname, cpu=True):
+    """Loading runs code of the file: open only what you trust. The Learner of `export`.
+
+    fname: path or open file. cpu: on the CPU; else on the device that it was on.
+    """
+    learn = torch.load(fname, map_location='cpu' if cpu else None, weights_only=False)
+    check(isinstance(learn, Learner), f"{fname} holds a {type(learn).__name__}")
+    if cpu:
+        learn.dls.cpu()
+    return learn
+
 # --------------------------------------------------------------------------------------
-# 11. Demo: a small network learns MNIST-1D
-#     Needs: all above. Tested by: lesson 11.
+# 12. A shelf of callbacks: take what you need
+#     Needs: 2, 5 to 8. Tested by: lesson 12.
+# --------------------------------------------------------------------------------------
+
+class TerminateOnNaNCallback(Callback):
+    """Ends the training before an infinite loss, or none at all, reaches the weights.
+
+    It reads the loss of every batch, and so waits for the device.
+    """
+    order = -9
+
+    def after_loss(self):
+        if self.training and not torch.isfinite(self.loss).all():
+            raise CancelFitException
+
+class TrackerCallback(Callback):
+    """Watches a column of the Recorder: after each epoch `new_best` says if it is best.
+
+    monitor: title of the column.
+    comp: `comp(a, b)` is True if a is better than b; default: less for titles with loss
+      or error, else greater.
+    min_delta: by how much it has to be better.
+    reset_on_fit: forget the best when a fit begins.
+    Raises: ValueError, which lists the columns, for an unknown monitor.
+    """
+    order, rests = 60, True
+
+    def __init__(self, monitor='valid_loss', comp=None, min_delta=0.,
+                 reset_on_fit=True):
+        less = 'loss' in monitor or 'error' in monitor
+        self.comp = comp or (operator.lt if less else operator.gt)
+        self.monitor, self.min_delta = monitor, min_delta
+        self.reset_on_fit, self.best = reset_on_fit, None
+
+    def before_fit(self):
+        self.run = 'lr_finder' not in vars(self.learn)    # which is no training
+        if not self.run:
+            return
+        if self.reset_on_fit:
+            self.best = None
+        check(hasattr(self.learn, 'recorder'), f"{self!r} needs the Recorder")
+        names = self.recorder.metric_names[1:]
+        check(self.monitor in names, f"monitor={self.monitor!r}: there are {names}")
+        self.column, self.new_best = names.index(self.monitor), False
+
+    def after_epoch(self):
+        value, self.new_best = None, False
+        if self.recorder.values:
+            value = self.recorder.values[-1][self.column]
+        if value is None or value != value:
+            return      # a cancelled pass, or NaN
+        # the sign of what is better, by asking
+        delta = -self.min_delta if self.comp(1, 0) else self.min_delta
+        self.new_best = self.best is None or bool(self.comp(value + delta, self.best))
+        self.best = value if self.new_best else self.best
+
+class EarlyStoppingCallback(TrackerCallback):
+    """Ends the training after `patience` epochs in a row that were not the best.
+
+    The other parameters: see `TrackerCallback`.
+    """
+    order = 61
+
+    def __init__(self, monitor='valid_loss', comp=None, min_delta=0., patience=1,
+                 reset_on_fit=True):
+        super().__init__(monitor, comp, min_delta, reset_on_fit)
+        self.patience = patience
+
+    def before_fit(self):
+        self.wait = 0
+        super().before_fit()
+
+    def after_epoch(self):
+        super().after_epoch()
+        self.wait = 0 if self.new_best else self.wait + 1
+        if self.wait >= self.patience:
+            raise CancelFitException
+
+class SaveModelCallback(TrackerCallback):
+    """Saves the model whenever it is best, and loads the best at the end of the fit.
+
+    fname: see `Learner.save`.
+    every_epoch: instead, save all epochs as fname_0, fname_1, ...; an int n: each n-th.
+    at_end: save at the end of the fit, instead of loading.
+    with_opt: the optimizer as well.
+    The other parameters: see `TrackerCallback`.
+    """
+    order = 60
+
+    def __init__(self, monitor='valid_loss', comp=None, min_delta=0., fname='model',
+                 every_epoch=False, at_end=False, with_opt=False, reset_on_fit=True):
+        super().__init__(monitor, comp, min_delta, reset_on_fit)
+        self.fname, self.every_epoch = fname, every_epoch
+        self.at_end, self.with_opt = at_end, with_opt
+
+    def before_fit(self):
+        self.saved = False
+        super().before_fit()
+
+    def after_epoch(self):
+        super().after_epoch()
+        if self.every_epoch:
+            if self.epoch % int(self.every_epoch) == 0:
+                self.learn.save(f'{self.fname}_{self.epoch}', self.with_opt)
+        elif self.new_best:
+            self.learn.save(self.fname, self.with_opt)
+            self.saved = True
+
+    def after_fit(self):
+        if self.at_end:
+            self.learn.save(f'{self.fname}', self.with_opt)
+        elif self.saved:
+            self.learn.load(self.fname, with_opt=self.with_opt)
+
+class GradientClip(Callback):
+    """Scales all gradients down together if their norm exceeds `max_norm`."""
+    def __init__(self, max_norm=1., norm_type=2.):
+        self.max_norm, self.norm_type = max_norm, norm_type
+
+    def before_step(self):
+        params = self.model.parameters()
+        nn.utils.clip_grad_norm_(params, self.max_norm, self.norm_type)
+
+class GradientAccumulation(Callback):
+    """Steps once every `n_acc` samples, as if they had come in one batch.
+
+    The last batch of an epoch steps with what there is. For losses that are means.
+    """
+    order = -5
+
+    def __init__(self, n_acc=32):
+        self.n_acc = n_acc
+
+    def before_train(self):
+        self.count, self.flushing = 0, False
+
+    def before_backward(self):
+        bs = find_bs(self.yb)
+        self.count, self.unscaled = self.count + bs, self.loss.detach()
+        self.learn.loss = self.loss * bs    # a sum, which adds up over batches
+
+    def after_backward(self):
+        self.learn.loss = self.unscaled
+
+    def before_step(self):
+        params = [p for p in self.model.parameters() if p.grad is not None]
+        is_last = self.flushing or self.iter + 1 == self.n_iter
+        if self.count < self.n_acc and not is_last:
+            self.carried = [(p, p.grad) for p in params]
+            raise CancelStepException
+        for p in params:
+            p.grad /= self.count
+        self.count = 0
+
+    def after_batch(self):
+        for p, grad in self.__dict__.pop('carried', ()):
+            p.grad = grad    # the loop has forgotten it
+
+    def after_train(self):
+        if self.count and self.completed:    # the loader did not tell its last batch
+            self.flushing = True
+            self.learn._stage('step', self.opt.step, CancelStepException)
+            self.opt.zero_grad()
+
+class ModelResetter(Callback):
+    """Calls `model.reset()` before each pass, as recurrent models need it."""
+    def before_train(self):
+        self.model.reset()
+
+    def before_validate(self):
+        self.model.reset()
+
+class RNNRegularizer(Callback):
+    """Penalties on activations (alpha) and on their changes over time (beta).
+
+    For models that return (output, raw activations, activations), the last two lists of
+    tensors (B, time, C).
+    Source: Merity and others, 'Revisiting Activation Regularization', 2017.
+    """
+    def __init__(self, alpha=0., beta=0.):
+        self.alpha, self.beta = alpha, beta
+
+    def after_pred(self):
+        self.learn.pred, self.raw_out, self.out = self.pred[:3]
+
+    def after_loss(self):
+        if not self.training:
+            return
+        steps = self.raw_out[-1].float()
+        self.learn.loss = self.loss + self.alpha * self.out[-1].float().pow(2).mean()
+        if steps.shape[1] > 1:
+            change = steps[:, 1:] - steps[:, :-1]
+            self.learn.loss = self.loss + self.beta * change.pow(2).mean()
+
+# --------------------------------------------------------------------------------------
+# 13. Demo: a small network learns MNIST-1D
+#     Needs: all above. Tested by: lesson 13.
 # --------------------------------------------------------------------------------------
 
 def small_cnn():

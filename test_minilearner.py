@@ -2090,8 +2090,10 @@ def test_plot_loss_draws_into_given_axes():
 
 
 # =============================================================================================
-lesson("Schedules", "annealer sched_cos combine_scheds combined_cos ParamScheduler.before_fit "
-       "ParamScheduler.before_batch ParamScheduler.after_fit fit_one_cycle",
+lesson("Schedules", "annealer sched_lin sched_no sched_exp sched_cos SchedPoly combine_scheds "
+       "combined_cos ParamScheduler.before_fit ParamScheduler.before_batch "
+       "ParamScheduler.after_fit fit_one_cycle fine_tune LRFinder.after_batch minimum steep valley "
+       "lr_find suggest_lrs rng_state set_rng_state Recorder.plot_sched Recorder.plot_lr_find",
        hint="pos is 0 at the start of a schedule and 1 at its end", read="section 9")
 
 
@@ -2163,6 +2165,267 @@ def test_a_schedule_sets_any_hyper():
     learn = line_learner()
     learn.fit(1, cbs=ml.ParamScheduler({'wd': ml.SchedCos(0., 1.)}))
     assert learn.recorder.hps == {'wd': pytest.approx([0, *[(1 - math.cos(math.pi * i / 4)) / 2 for i in (1, 2, 3)]])}
+
+
+@pytest.mark.parametrize('make, middle', [(ml.SchedLin, 2.), (ml.SchedNo, 1.), (ml.SchedExp, 3**0.5),
+                                          (functools.partial(ml.SchedPoly, power=2), 1.5)])
+def test_annealers(make, middle):
+    f = make(1., 3.)
+    assert f(0) == pytest.approx(1) and f(0.5) == pytest.approx(middle)
+    assert f(1) == pytest.approx(1 if make is ml.SchedNo else 3)
+
+
+def two_groups(**kwargs):
+    model = nn.Sequential(nn.Linear(10, 8), nn.Linear(8, 3))
+    return line_learner(ml.DataLoaders(class_batches(), class_batches(2), device='cpu'), model,
+                        loss_func=F.cross_entropy, splitter=lambda m: [list(o.parameters()) for o in m],
+                        **kwargs)
+
+
+def test_fine_tune_trains_the_head_then_all():
+    seen = []
+    def note(self):
+        if self.training:
+            seen.append((self.model[0].weight.requires_grad, [h['lr'] for h in self.opt.hypers]))
+    learn = two_groups(cbs=ml.Callback(after_loss=note))
+    learn.fine_tune(2, base_lr=1e-2, lr_mult=10)
+    assert [s[0] for s in seen] == [False] * 4 + [True] * 8
+    assert max(s[1][1] for s in seen[:4]) <= 1e-2 and seen[0][1][1] == pytest.approx(1e-2 / 25)
+    assert seen[4][1] == pytest.approx([5e-4 / 5, 5e-3 / 5]), "div=5 at the start of the second part"
+
+
+def test_lr_find_leaves_everything_as_it_was(tmp_path):
+    def run(find):
+        ml.set_seed(0)
+        x, y = torch.randn(64, 10), torch.randint(3, (64,))
+        dls = ml.DataLoaders.from_tensors(x, y, bs=8, seed=0, device='cpu', path=tmp_path)
+        net = small_net()
+        net.insert(1, nn.Dropout(0.2))
+        learn = line_learner(dls, net, loss_func=F.cross_entropy)
+        learn.fit(1)
+        if find:
+            assert learn.lr_find(num_it=20, show_plot=False).minimum > 0
+        learn.fit(2)
+        return weights(learn.model), torch.rand(1), random.random(), str(learn.opt.state_dict())
+    (w1, *rest1), (w2, *rest2) = run(False), run(True)
+    assert same(w1, w2) and rest1 == rest2, "to the last bit: weights, optimizer, random numbers"
+    assert not list(tmp_path.rglob('*')), "and no file"
+
+
+def test_lr_find_keeps_the_generator_of_a_torch_loader():
+    def run(find):
+        g = torch.Generator().manual_seed(5)
+        dl = DataLoader(TensorDataset(*line_data(40)), 8, shuffle=True, generator=g)
+        learn = line_learner(ml.DataLoaders(dl, device='cpu'))
+        if find:
+            learn.lr_find(num_it=10, show_plot=False)
+            assert learn.opt is None, "there was no optimizer before"
+        learn.fit(1)
+        return weights(learn.model)
+    assert same(run(False), run(True))
+
+
+def test_lr_find_walks_through_the_rates_and_stops():
+    learn = line_learner(ml.DataLoaders([line_data(8)] * 7, [line_data(8)], device='cpu'), opt_func=ml.SGD)
+    log = EventLog()
+    learn.add_cb(log)
+    assert learn.lr_find(1e-4, 1e-2, num_it=20, show_plot=False, suggest_funcs=None) is None
+    assert learn.recorder.lrs == pytest.approx([1e-4 * 100**(i / 20) for i in range(20)])
+    assert log.events.count('after_pred') == 20, "no validation"
+    learn.lr_find(1e-3, 1e3, num_it=100, show_plot=False)
+    assert len(learn.recorder.losses) < 80, "a diverging loss ends it"
+    assert learn.recorder.losses[-1] > 4 * min(learn.recorder.losses)
+    learn.lr_find(1e-3, 1e3, num_it=50, stop_div=False, show_plot=False, suggest_funcs=ml.valley)
+    assert len(learn.recorder.losses) == 50
+    with pytest.raises(ValueError, match='never a number'):
+        line_learner(ml.DataLoaders([(line_data(4)[0] * math.nan, line_data(4)[1])] * 9, device='cpu')
+                     ).lr_find(num_it=9, show_plot=False)
+
+
+def test_suggestions():
+    lrs = torch.tensor([1e-4, 1e-3, 1e-2, 1e-1, 1.])
+    losses = torch.tensor([4., 3.9, 2., 1.5, 3.])
+    assert ml.minimum(lrs, losses, 5).item() == pytest.approx(1e-2)
+    assert ml.steep(lrs, losses, 5).item() == pytest.approx(1e-3)
+    assert ml.valley(lrs, losses, 5).item() == pytest.approx(1e-3), "the middle of the fall from 0 to 3"
+    learn = line_learner()
+    pair = learn.lr_find(num_it=40, show_plot=False)
+    assert pair._fields == ('minimum', 'steep') and all(type(v) is float for v in pair)
+    lr_min, lr_steep = pair
+    assert learn.lr_find(num_it=40, show_plot=False, suggest_funcs=(ml.valley,))._fields == ('valley',)
+
+
+def test_plots_of_schedules():
+    import matplotlib.pyplot as plt
+    learn = line_learner()
+    learn.fit_one_cycle(1)
+    axs = learn.recorder.plot_sched()
+    assert [ax.get_ylabel() for ax in axs.flat] == ['lr', 'mom'] and axs[0, 1].get_xlabel() == 'batch'
+    assert list(axs[0, 0].lines[0].get_ydata()) == learn.recorder.hps['lr']
+    assert learn.recorder.plot_sched('mom').size == 1
+    found = learn.lr_find(num_it=40)
+    ax = plt.gcf().axes[0]
+    assert ax.get_xscale() == 'log' and [t.get_text() for t in ax.get_legend().get_texts()] == [
+        f'{name}: {lr:.1e}' for name, lr in found._asdict().items()]
+    mine = plt.subplots()[1]
+    assert learn.recorder.plot_lr_find(ax=mine) is mine and len(mine.lines) == 1
+    plt.close('all')
+
+
+# =============================================================================================
+lesson("Inference", "validation_context run_validation ordered_loader GatherMetricsCallback.after_batch "
+       "validate GatherPredsCallback.before_validate GatherPredsCallback.after_batch "
+       "GatherPredsCallback.keep concat act_and_decodes get_preds predict show_results tta",
+       hint="a pass over a loader is _stage('validate', all_batches); callbacks collect",
+       read="section 10")
+
+
+def test_validate_equals_one_pass_and_prints_nothing(capsys):
+    learn = ml.Learner(line_dls(), Line(), F.mse_loss, metrics=F.l1_loss)
+    loss, l1 = learn.validate()
+    x, y = learn.dls.valid_ds.tensors
+    assert loss == pytest.approx(F.mse_loss(learn.model(x), y).item())
+    assert l1 == pytest.approx(F.l1_loss(learn.model(x), y).item()) and type(l1) is float
+    assert learn.validate(0)[0] != loss and learn.validate(dl=learn.dls.train)[0] == learn.validate(0)[0]
+    assert capsys.readouterr().out == ''
+
+
+@pytest.mark.parametrize('make', [
+    lambda x, y: ml.TensorLoader(x, y, bs=7, shuffle=True, drop_last=True),
+    lambda x, y: DataLoader(TensorDataset(x, y), 7, shuffle=True, drop_last=True)])
+def test_get_preds_gives_all_rows_in_the_order_of_the_data(make):
+    x, y = line_data(20)
+    learn = line_learner(ml.DataLoaders(make(x, y), device='cpu'))
+    inputs, preds, targets, decoded, losses = learn.get_preds(0, with_input=True, with_decoded=True,
+                                                              with_loss=True)
+    assert inputs.equal(x) and targets.equal(y) and decoded.equal(preds)
+    with torch.no_grad():
+        assert torch.allclose(preds, learn.model(x)) and not preds.requires_grad
+    assert losses.shape == (20,) and torch.allclose(losses, ((preds - y)**2)[:, 0])
+    assert learn.loss_func is F.mse_loss, "the loss is reduced again"
+
+
+def test_get_preds_keeps_to_the_rows_of_a_sampler():
+    x, y = line_data(20)
+    ds, learn = TensorDataset(x, y), line_learner()
+    subset = DataLoader(ds, 2, sampler=torch.utils.data.SubsetRandomSampler([7, 3, 5]))
+    assert learn.get_preds(dl=subset)[1].equal(y[[7, 3, 5]]), "the training rows of ds are not its"
+    own = DataLoader(ds, batch_sampler=[[3, 1], [2]])
+    assert learn.get_preds(dl=own)[1].equal(y[[3, 1, 2]])
+    stream = learn.get_preds(dl=DataLoader(Stream(), 4))[1]
+    assert len(stream) == 10
+
+
+def test_get_preds_options(tmp_path):
+    learn = line_learner()
+    x, y = learn.dls.valid_ds.tensors
+    preds, targets = learn.get_preds(act=torch.sigmoid)
+    assert torch.allclose(preds, torch.sigmoid(learn.model(x)))
+    none, _ = learn.get_preds(save_preds=tmp_path / 'p', save_targs=tmp_path / 't')
+    assert none is None and len(list((tmp_path / 'p').iterdir())) == 2
+    parts = [torch.load(f) for f in sorted((tmp_path / 't').iterdir())]
+    assert torch.cat(parts).equal(y)
+    seen = []
+    learn.get_preds(cbs=ml.Callback(after_batch=lambda self: seen.append(self.iter)))
+    assert seen == [0, 1] and [cb.name for cb in learn.cbs] == ['train_eval', 'recorder', 'progress']
+    assert learn.get_preds(dl=[x[:3]])[1] is None, "without targets there are none"
+    torch.manual_seed(1)
+    shuffled = ml.TensorLoader(x, y, bs=5, shuffle=True)
+    assert not learn.get_preds(dl=shuffled, reorder=False)[1].equal(y)
+    transposed = line_learner(model=nn.Identity()).get_preds(dl=[(x.T, y.T)] * 2, concat_dim=1)[0]
+    assert transposed.shape == (1, 48)
+
+
+def test_predictions_in_a_training_disturb_nothing():
+    def run(cbs):
+        torch.manual_seed(0)
+        x, y = torch.randn(48, 10), torch.randint(3, (48,))
+        ds = TensorDataset(x, y)
+        dls = ml.DataLoaders(DataLoader(ds, 8, shuffle=True), DataLoader(ds, 8), device='cpu')
+        net = small_net()
+        net.insert(1, nn.Dropout(0.3))
+        learn = line_learner(dls, net, loss_func=F.cross_entropy, metrics=ml.accuracy, cbs=cbs)
+        learn.fit(2)
+        return weights(learn.model), [v.item() for v in learn.recorder.losses], learn.recorder.values, \
+            torch.rand(1).item()
+    def look(self):
+        if not self.training:
+            return      # within the pass that it has started itself
+        before = (self.training, self.model.training, self.iter, self.n_iter, self.xb[0].data_ptr())
+        self.learn.get_preds(with_loss=True)
+        self.learn.validate()
+        assert before == (self.training, self.model.training, self.iter, self.n_iter,
+                          self.xb[0].data_ptr())
+    for event in ('after_loss', 'after_step', 'after_batch'):
+        plain, looked = run(None), run(ml.Callback(**{event: look}))
+        assert same(plain[0], looked[0]) and plain[1:] == looked[1:], event
+
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt, ValueError, ml.CancelValidException])
+def test_a_broken_off_prediction_leaves_the_learner_as_it_was(error):
+    learn = line_learner()
+    learn.model.train()
+    def stop(self): raise error
+    with contextlib.suppress(KeyboardInterrupt, ValueError):
+        learn.validate(cbs=ml.Callback(after_pred=stop))
+    assert learn.model.training and len(learn.cbs) == 3 and learn.xb == (None,)
+    assert torch.is_grad_enabled() and learn.recorder.learn is learn
+    learn.fit(1)
+
+
+@pytest.mark.parametrize('loss_func, act, decodes', [
+    (nn.CrossEntropyLoss(), lambda p: p.softmax(1), lambda p: p.argmax(1)),
+    (F.cross_entropy, lambda p: p.softmax(1), lambda p: p.argmax(1)),
+    (nn.BCEWithLogitsLoss(), torch.sigmoid, lambda p: torch.sigmoid(p) > 0.5),
+    (F.mse_loss, lambda p: p, lambda p: p)])
+def test_activation_and_decision_come_from_the_loss(loss_func, act, decodes):
+    pred = torch.randn(4, 3)
+    own_act, own_decodes = ml.act_and_decodes(loss_func)
+    assert own_act(pred).equal(act(pred)) and own_decodes(own_act(pred)).equal(decodes(pred))
+
+
+def test_predict_one_item():
+    x, y = class_batches(1)[0]
+    dls = ml.DataLoaders(ml.TensorLoader(x, y), device='cpu', vocab=['a', 'b', 'c'])
+    learn = line_learner(dls, small_net(), loss_func=F.cross_entropy)
+    full, decoded, probs = learn.predict(x[2])
+    learn.model.eval()
+    expected = learn.model(x[2:3]).softmax(1)[0]
+    assert torch.allclose(probs, expected) and decoded == expected.argmax() and full == 'abc'[decoded]
+    assert learn.predict(x[2].numpy(), with_input=True)[0].equal(x[2]) and dls.n_inp is None
+    with pytest.raises(ValueError, match=r'shape \[7\].*train_ds\[0\]\[0\]'):
+        learn.predict(torch.ones(7))
+
+
+def test_show_results_puts_target_over_prediction():
+    import matplotlib.pyplot as plt
+    (x, y), _ = ml.mnist1d(50)
+    dls = ml.DataLoaders.from_tensors(x, y, valid=(x, y), vocab='abcdefghij', device='cpu')
+    learn = line_learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(40, 10)), loss_func=F.cross_entropy)
+    state = torch.get_rng_state()
+    axs = learn.show_results(max_n=3, shuffle=False)
+    learn.show_results()
+    assert torch.get_rng_state().equal(state), "looking draws no random number"
+    decoded = learn.get_preds(with_decoded=True)[2]
+    titles = [ax.get_title() for ax in axs.flat if ax.get_visible()]
+    assert titles == [f"{'abcdefghij'[t]}\n{'abcdefghij'[p]}" for t, p in zip(y[:3], decoded[:3])]
+    plt.close('all')
+
+
+def test_tta_mixes_augmented_and_plain():
+    learn = line_learner()
+    x, y = learn.dls.valid_ds.tensors
+    with torch.no_grad():
+        plain, shifted = learn.model(x), learn.model(x + 1)
+    preds, targets = learn.tta(batch_tfms=lambda xb: xb + 1)
+    assert torch.allclose(preds, 0.75 * shifted + 0.25 * plain) and targets.equal(y)
+    assert torch.allclose(learn.tta(item_tfms=lambda item: item + 1, beta=0.)[0], shifted)
+    augmented, bare = learn.tta(batch_tfms=lambda xb: xb + 1, beta=None)
+    assert torch.allclose(augmented, shifted) and torch.allclose(bare, plain)
+    assert torch.allclose(learn.tta(batch_tfms=lambda xb: xb - 1, use_max=True)[0], torch.maximum(
+        learn.model(x - 1), plain)), "the largest of all"
+    steps = iter([0., 2.])
+    assert torch.allclose(learn.tta(n=1, dl=[(x, y)], batch_tfms=lambda xb: xb + next(steps), beta=0.)[0], plain)
 
 
 # =============================================================================================
@@ -2289,6 +2552,370 @@ def test_wrapped_models_are_saved_under_bare_keys(tmp_path):
     torch.save({f'module.{k}': v * 0 + 1 for k, v in plain.state_dict().items()}, tmp_path / 'ddp.pth')
     ml.load_model(tmp_path / 'ddp.pth', nn.DataParallel(compiled), None)
     assert all((w == 1).all() for w in weights(compiled))
+
+
+def test_export_and_load_learner(tmp_path):
+    learn = line_learner(line_dls(path=tmp_path, vocab=['a', 'b']), metrics=F.l1_loss)
+    learn.logger = print
+    with learn.no_logging():
+        learn.fit(1)
+    opt, dls = learn.opt, learn.dls
+    file = learn.export()
+    assert file == tmp_path / 'export.pkl' and learn.opt is opt and learn.dls is dls
+    loaded = ml.load_learner(file)
+    x, _ = line_data(5)
+    assert loaded.get_preds(dl=[x])[0].equal(learn.get_preds(dl=[x])[0])
+    assert len(loaded.dls.train) == 0 and loaded.opt is None and loaded.dls.vocab == ['a', 'b']
+    assert loaded.recorder.learn is loaded and loaded.predict(x[0])[2].shape == (1,)
+
+
+def test_export_names_what_cannot_be_pickled(tmp_path):
+    learn = line_learner(line_dls(path=tmp_path), loss_func=lambda pred, y: F.mse_loss(pred, y))
+    learn.logger = print
+    with pytest.raises(ValueError, match='cannot export loss_func=.*of the Learner'):
+        learn.export()
+    assert learn.dls.train_ds is not None and not list(tmp_path.iterdir())
+    class Tst(ml.Callback):
+        def __init__(self): self.f = lambda: 1
+    learn = line_learner(line_dls(path=tmp_path), cbs=ml.EarlyStoppingCallback(comp=lambda a, b: a < b))
+    learn.logger = print
+    with pytest.raises(ValueError, match='cannot export comp=.*of the EarlyStoppingCallback'):
+        learn.export()
+
+
+def test_load_learner_wants_a_learner(tmp_path):
+    torch.save({'a': torch.ones(1)}, tmp_path / 'x.pkl')
+    with pytest.raises(ValueError, match='holds a dict'):
+        ml.load_learner(tmp_path / 'x.pkl')
+    assert ml.load_learner.__doc__.startswith('Loading runs code')
+
+
+# =============================================================================================
+lesson("A shelf of callbacks", "TerminateOnNaNCallback.after_loss TrackerCallback.before_fit "
+       "TrackerCallback.after_epoch EarlyStoppingCallback.after_epoch SaveModelCallback.after_epoch "
+       "SaveModelCallback.after_fit GradientClip.before_step GradientAccumulation.before_step "
+       "ModelResetter.before_train RNNRegularizer.after_loss",
+       hint="trackers read recorder.values after the Recorder has written them: a higher order",
+       read="section 12")
+
+
+@pytest.mark.parametrize('bad', [math.nan, math.inf])
+def test_nan_never_reaches_the_weights(bad):
+    x, y = line_data(8)
+    dls = ml.DataLoaders([(x, y), (x, y * bad), (x, y)], [(x, y)], device='cpu')
+    learn = line_learner(dls, cbs=ml.TerminateOnNaNCallback)
+    learn.fit(3)
+    assert all(w.isfinite().all() for w in weights(learn.model)), "it stops before the step"
+    assert len(learn.recorder.losses) == 1 and learn.epoch == 0
+
+
+class Scripted(ml.Callback):
+    """Pretends that the metric `score` has these values, epoch by epoch."""
+
+    def __init__(self, *values):
+        self.values = values
+
+    def metric(self, pred, y):
+        return self.values[self.epoch]
+
+
+def scripted(values, cbs, **kwargs):
+    script = Scripted(*values)
+    def score(pred, y): return script.metric(pred, y)
+    return line_learner(cbs=[script, *ml.listify(cbs)], metrics=score, **kwargs)
+
+
+@pytest.mark.parametrize('values, kwargs, epochs', [
+    ([1, 2, 3, 4, 5], {}, 5), ([1, 2, 2, 3, 4], {}, 3), ([3, 2, 1, 4, 5], {'patience': 2}, 3),
+    ([1, 2, 1, 3, 3], {'patience': 2}, 5), ([1, 1.05, 1.3, 1.35, 2], {'min_delta': 0.1}, 2),
+    ([5, 4, 3, 3, 2], {'comp': lambda a, b: a < b}, 4), ([1, math.nan, 2, 3, 4], {}, 2),
+    ([5, 4, 3.95, 3.8, 2], {'comp': lambda a, b: a < b, 'min_delta': 0.1}, 3)])
+def test_early_stopping_is_exact(values, kwargs, epochs):
+    learn = scripted(values, ml.EarlyStoppingCallback(monitor='score', **kwargs))
+    learn.fit(5)
+    assert len(learn.recorder.values) == epochs
+
+
+def test_trackers_compare_and_reset():
+    cb = ml.TrackerCallback()
+    assert cb.comp(1, 2) and ml.TrackerCallback('error_rate').comp(1, 2)
+    assert ml.TrackerCallback('accuracy').comp(2, 1), "accuracy: more is better"
+    learn = scripted([3, 4], ml.TrackerCallback('score'))
+    learn.fit(2)
+    assert learn.tracker.best == 4
+    learn.tracker.reset_on_fit, learn.scripted.values = False, [1, 1]
+    learn.fit(1)
+    assert learn.tracker.best == 4 and not learn.tracker.new_best
+    learn.tracker.reset_on_fit = True
+    learn.fit(1)
+    assert learn.tracker.best == 1
+    learn.lr_find(num_it=5, show_plot=False)
+    assert learn.tracker.best == 1, "trackers rest while rates are tried out"
+    with pytest.raises(ValueError, match="monitor='acc'.*'train_loss', 'valid_loss', 'score'"):
+        learn.fit(1, cbs=ml.EarlyStoppingCallback('acc'))
+
+
+def test_save_model_restores_the_best_of_this_run(tmp_path):
+    learn = scripted([1, 3, math.nan, 2], ml.SaveModelCallback('score', fname='best'),
+                     dls=line_dls(path=tmp_path))
+    seen = []
+    learn.add_cb(ml.Callback(after_epoch=lambda self: seen.append(weights(self.model))))
+    learn.fit(4)
+    assert same(weights(learn.model), seen[1]), "epoch 1 was best, and NaN is never best"
+    assert [f.name for f in (tmp_path / 'models').iterdir()] == ['best.pth']
+    learn.scripted.values = [math.nan] * 2
+    learn.fit(2)
+    assert same(weights(learn.model), seen[-1]), "nothing was best in this run: nothing is loaded"
+
+
+def test_save_model_every_epoch_and_at_end(tmp_path):
+    learn = line_learner(line_dls(path=tmp_path))
+    learn.fit(3, cbs=ml.SaveModelCallback(every_epoch=2, fname='e', with_opt=True))
+    assert {f.name for f in (tmp_path / 'models').iterdir()} == {'e_0.pth', 'e_2.pth'}
+    assert 'opt' in torch.load(tmp_path / 'models' / 'e_0.pth', weights_only=True)
+    learn.fit(2, cbs=ml.SaveModelCallback(at_end=True, fname='end'))
+    last = weights(learn.model)
+    assert same(weights(line_learner(line_dls(path=tmp_path)).load('end').model), last)
+
+
+def test_gradient_clip():
+    norms = []
+    learn = line_learner(opt_func=ml.SGD, cbs=[ml.GradientClip(0.1), ml.Callback(
+        after_step=lambda self: norms.append(math.hypot(self.model.a.grad, self.model.b.grad)))])
+    learn.fit(1)
+    assert max(norms) == pytest.approx(0.1, rel=1e-3)
+
+
+@pytest.mark.parametrize('with_length', [True, False])
+@pytest.mark.parametrize('bs, n_acc', [(4, 16), (4, 10), (3, 7)])
+def test_accumulated_gradients_equal_one_large_batch(bs, n_acc, with_length):
+    x, y = line_data(40)
+    small = [(x[i:i + bs], y[i:i + bs]) for i in range(0, 40, bs)]
+    class NoLength:
+        def __iter__(self): return iter(small)
+    windows, rows = [], 0
+    for xb, yb in small:
+        if not windows or rows >= n_acc:
+            windows.append([])
+            rows = 0
+        windows[-1].append((xb, yb))
+        rows += len(xb)
+    large = [tuple(torch.cat(o) for o in zip(*w)) for w in windows]
+    def run(batches, cbs):
+        learn = line_learner(ml.DataLoaders(batches, device='cpu'), cbs=[ml.GradientClip(2.), *cbs])
+        learn.fit(2)
+        return learn
+    one = run(large, [])
+    acc = run(small if with_length else NoLength(), [ml.GradientAccumulation(n_acc)])
+    for a, b in zip(weights(one.model), weights(acc.model)):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-7), "also the last, smaller window"
+    first = F.mse_loss(Line()(small[0][0]), small[0][1])
+    assert acc.recorder.losses[0].item() == pytest.approx(first.item()), "the loss is logged unscaled"
+
+
+def test_model_resetter_and_rnn_regularizer():
+    class RNN(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.n_reset = nn.Linear(2, 2), 0
+        def reset(self): self.n_reset += 1
+        def forward(self, x):
+            h = self.lin(x)
+            return h.sum((1, 2), keepdim=True)[:, 0], [h], [h]
+    x, y = torch.randn(4, 5, 2), torch.ones(4, 1)
+    torch.manual_seed(0)
+    model = RNN()
+    learn = line_learner(ml.DataLoaders([(x, y)], [(x, y)], device='cpu'), copy.deepcopy(model),
+                         cbs=[ml.ModelResetter, ml.RNNRegularizer(alpha=2., beta=3.)])
+    learn.fit(1)
+    assert learn.model.n_reset == 2, "before training and before validation"
+    out, (h,), _ = model(x)
+    expected = F.mse_loss(out, y) + 2 * h.pow(2).mean() + 3 * (h[:, 1:] - h[:, :-1]).pow(2).mean()
+    assert learn.recorder.losses[0].item() == pytest.approx(expected.item(), rel=1e-5)
+    out, _, _ = learn.model(x)
+    assert learn.recorder.values[0][1] == pytest.approx(F.mse_loss(out, y).item(), rel=1e-4), \
+        "in validation there is no penalty"
+
+
+# =============================================================================================
+lesson("The documents", "", hint="every example of fastai's Learner documents, in words of our own",
+       read="fastai's documentation of Learner, and fastbook chapter 16")
+
+
+class Verbose(ml.Callback):
+    """Prints the events it sees."""
+
+
+for _name in ml.EVENTS:
+    setattr(Verbose, _name, lambda self, _name=_name: print(_name))
+
+
+class TestTrainEvalCallback(ml.Callback):
+    __test__ = False    # pytest should not take it for a test
+
+    def before_fit(self):
+        pass
+
+
+def synth_learner(n_train=10, path='.', **kwargs):
+    """Like the documents' learner: a line to fit, and no callback but TrainEvalCallback."""
+    learn = line_learner(line_dls(16 * n_train, path=path), **kwargs)
+    learn.cbs = [cb for cb in learn.cbs if cb.name not in ('recorder', 'progress')]
+    return learn
+
+
+def test_document_replacing_an_attribute():
+    class A:
+        def __init__(self, a): self.a = a
+        @contextlib.contextmanager
+        def a_changed(self, v): return ml.replacing_yield(self, 'a', v)
+    a = A(42)
+    with a.a_changed(32):
+        assert a.a == 32
+    assert a.a == 42
+
+
+@pytest.mark.parametrize('n_epoch, lr', [(6, 5e-2), (10, 0.1)])
+def test_document_fit_lowers_the_loss(n_epoch, lr):
+    learn = synth_learner(lr=lr)
+    learn('before_epoch')
+    learn.model = learn.model.cpu()
+    def loss():
+        xb, yb = learn.dls.one_batch()
+        return learn.loss_func(learn.model(xb), yb)
+    first = loss()
+    learn.fit(n_epoch)
+    assert loss() < first
+
+
+def test_document_create_opt_and_calling_events(capsys):
+    learn = synth_learner(n_train=5, cbs=Verbose())
+    assert learn.opt is None
+    learn.create_opt()
+    assert learn.opt.hypers[0]['lr'] == learn.lr
+    capsys.readouterr()
+    learn('after_fit')
+    assert capsys.readouterr().out == 'after_fit\n'
+
+
+def test_document_callbacks_become_attributes():
+    class TstCallback(ml.Callback):
+        def batch_begin(self): self.learn.a = self.a + 1
+    learn = synth_learner()
+    assert len(learn.cbs) == 1 and isinstance(learn.cbs[0], ml.TrainEvalCallback)
+    learn = synth_learner(cbs=TstCallback())
+    assert len(learn.cbs) == 2 and isinstance(learn.tst, TstCallback) and hasattr(learn, 'train_eval')
+    class AddCbCallback(ml.Callback): pass
+    with pytest.raises(ValueError):
+        synth_learner(cbs=AddCbCallback())
+
+
+def test_document_adding_and_removing_callbacks():
+    learn = synth_learner()
+    learn.add_cb(TestTrainEvalCallback())
+    assert learn.test_train_eval.learn is learn
+    assert repr(learn.ordered_cbs('before_fit')) == '[TrainEvalCallback, TestTrainEvalCallback]'
+    learn.add_cbs([TestTrainEvalCallback(), TestTrainEvalCallback()])
+    assert len(learn.cbs) == 4
+    cb = learn.cbs[1]
+    learn.remove_cb(cb)
+    assert cb.learn is None and len(learn.cbs) == 3
+    learn.remove_cbs(learn.cbs[1:])
+    assert len(learn.cbs) == 1 and not getattr(learn, 'test_train_eval', None)
+    learn.add_cb(TestTrainEvalCallback())
+    with learn.removed_cbs(learn.cbs[1]):
+        assert len(learn.cbs) == 1
+    assert len(learn.cbs) == 2
+    with learn.added_cbs(TestTrainEvalCallback()):
+        assert len(learn.cbs) == 3
+
+
+def test_document_changing_batches():
+    class TstCallback(ml.Callback):
+        def before_batch(self):
+            self.learn.xb = self.xb[0] + 1000,
+            self.learn.yb = self.yb[0] - 1000,
+    learn = synth_learner(cbs=TstCallback())
+    x, y = learn.dls.one_batch()
+    learn.one_batch(0, (x, y))
+    assert learn.x.equal(x + 1000) and learn.y.equal(y - 1000)
+
+
+def test_document_serializing(tmp_path):
+    learn = synth_learner(path=tmp_path)
+    learn.fit(1)
+    learn.save('tmp')
+    assert (tmp_path / 'models/tmp.pth').exists()
+    learn1 = synth_learner(path=tmp_path).load('tmp')
+    assert learn.a.equal(learn1.a) and learn.b.equal(learn1.b)
+    assert str(learn.opt.state_dict()) == str(learn1.opt.state_dict())
+
+
+def test_document_metrics_and_recorder(capsys):
+    def tst_metric(out, targ): return F.mse_loss(out, targ)
+    learn = ml.Learner(line_dls(80), Line(), F.mse_loss, metrics=tst_metric)
+    with learn.no_bar():
+        learn.fit(1)
+    assert re.fullmatch(r"\[\d, \d+.\d+, \d+.\d+, \d+.\d+, '\d\d:\d\d'\]\n", capsys.readouterr().out)
+    with learn.no_logging():
+        learn.fit(1)
+    assert capsys.readouterr().out == '' and learn.logger is print
+    res = learn.validate()
+    x, y = learn.dls.valid_ds.tensors
+    assert res[0] == res[1] and res[0] == pytest.approx(F.mse_loss(learn.model(x), y).item())
+    preds, targs = learn.get_preds()
+    assert targs.equal(y) and torch.allclose(preds, learn.model(x))
+    assert torch.allclose(learn.get_preds(act=torch.sigmoid)[0], torch.sigmoid(learn.model(x)))
+
+
+def test_document_predict_decodes_step_by_step():
+    class Loss(nn.Module):
+        reduction = 'none'
+        def forward(self, x, y): return F.mse_loss(x, y)
+        def activation(self, x): return x + 1
+        def decodes(self, x): return 2 * x
+    learn = synth_learner(n_train=5)
+    # in the place of a typed transform with encodes and decodes: `decode`
+    learn.dls = ml.DataLoaders([torch.arange(50.)], device='cpu', decode=lambda y: y - 1)
+    learn.loss_func = Loss()
+    inp = torch.tensor([2.])
+    out = learn.model(inp).detach() + 1
+    dec = 2 * out
+    full_dec = dec - 1
+    for got, expected in zip(learn.predict(inp), (full_dec, dec, out)):
+        assert torch.allclose(got, expected)
+    assert len(learn.predict(inp)) == 3
+    assert learn.predict(inp, with_input=True)[0].equal(inp)
+
+
+def test_document_gather_args():
+    assert synth_learner(lr=1e-2).init_args['Learner.__init__.lr'] == 0.01
+
+
+def test_document_chapter_16_trains_with_every_optimizer():
+    def get_learner(**kwargs):
+        torch.manual_seed(0)
+        (x, y), test = ml.mnist1d(500)
+        dls = ml.DataLoaders.from_tensors(x, y, valid=test, device='cpu')
+        return line_learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(40, 10)), loss_func=F.cross_entropy,
+                            metrics=ml.accuracy, **kwargs)
+    learn = get_learner()
+    learn.fit_one_cycle(3, 0.003)
+    learn = get_learner(opt_func=ml.SGD)
+    lr_min, lr_steep = learn.lr_find(show_plot=False)
+    learn.fit_one_cycle(3, 0.03, moms=(0, 0, 0))
+    def sgd_cb(p, lr, **kwargs): p.data.add_(p.grad.data, alpha=-lr)
+    for opt_func, lr in [(functools.partial(ml.Optimizer, cbs=[sgd_cb]), 0.03),
+                         (functools.partial(ml.Optimizer, cbs=[ml.average_grad, ml.momentum_step], mom=0.9), 0.03),
+                         (functools.partial(ml.Optimizer, cbs=[ml.average_sqr_grad, ml.rms_prop_step],
+                                            sqr_mom=0.99, eps=1e-7), 0.003)]:
+        learn = get_learner(opt_func=opt_func)
+        before = learn.validate()[0]
+        learn.fit_one_cycle(3, lr)
+        assert learn.final_record[1] < before
+        assert 'lr' in learn.recorder.hps
+    learn.recorder.plot_sched()
+    __import__('matplotlib.pyplot').pyplot.close('all')
 
 
 # =============================================================================================
