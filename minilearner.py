@@ -376,11 +376,11 @@ class DataLoaders:
         """The first batch of a new pass over the training loader, on the device."""
         return to_device(next(iter(self.train)), self.device)
 
-    def show_batch(self, max_n=9):
-        """Draw up to `max_n` samples of a training batch; returns an array of axes."""
+    def show_batch(self, max_n=9, ax=None):
+        """Draw up to `max_n` samples of a training batch; see `show_samples`."""
         xb, yb = self.split_batch(self.one_batch())
         titles = [self.decoded(y) for y in yb[0]] if yb else None
-        return show_samples(xb[0][:max_n], titles)
+        return show_samples(xb[0][:max_n], titles, ax)
 
     def decoded(self, y):
         """What a person reads for one target or decoded prediction `y`."""
@@ -399,15 +399,17 @@ class DataLoaders:
 
     cuda, cpu = functools.partialmethod(to, 'cuda'), functools.partialmethod(to, 'cpu')
 
-def show_samples(xs, titles=None, figure=None):
-    """Draw samples in a square grid with their titles; the array of matplotlib axes.
+def show_samples(xs, titles=None, ax=None):
+    """Draw samples, each with its title; returns the array of matplotlib axes.
 
+    ax: an array of axes, at least one per sample; default: a square grid.
     xs: signals (B, L) or (B, 1, L), drawn as lines; or images (B, H, W), (B, C, H, W).
     """
     import matplotlib.pyplot as plt
-    side = math.ceil(math.sqrt(len(xs)))
-    figure = figure or plt.figure(figsize=(2 * side, 2 * side), layout='constrained')
-    axs = figure.subplots(side, side, squeeze=False)
+    axs, side = ax, math.ceil(math.sqrt(len(xs)))
+    if axs is None:
+        figure = plt.figure(figsize=[1 + 1.5 * side] * 2, layout='constrained')
+        axs = figure.subplots(side, side, squeeze=False)
     for i, ax in enumerate(axs.flat):
         ax.set(xticks=[], yticks=[], visible=i < len(xs))
     for ax, x, title in zip(axs.flat, xs, titles or [''] * len(xs)):
@@ -1378,9 +1380,9 @@ class Learner:
         """Prediction for one item without batch dimension; see the function below."""
         return predict(self, item, with_input)
 
-    def show_results(self, ds_idx=1, dl=None, max_n=9, shuffle=True):
+    def show_results(self, ds_idx=1, dl=None, max_n=9, shuffle=True, ax=None):
         """Draw samples with target and prediction; see the function below."""
-        return show_results(self, ds_idx, dl, max_n, shuffle)
+        return show_results(self, ds_idx, dl, max_n, shuffle, ax)
 
     def tta(self, *args, **kwargs):
         """tta(ds_idx=1, dl=None, n=4, item_tfms=None, batch_tfms=None, beta=0.25,
@@ -1661,13 +1663,14 @@ class Recorder(Callback):
         ax.legend()
         return ax
 
-    def plot_sched(self, keys=None, figsize=None):
+    def plot_sched(self, keys=None, figsize=None, ax=None):
         """Draw the hypers that a schedule has set, by batch; returns the array of axes.
 
-        keys: their names; default: all. figsize: of the figure, in inches.
+        keys: their names; default: all. figsize: of a new figure, in inches.
+        ax: an array of axes to draw into, one per key.
         """
         keys = list(self.hps) if keys is None else listify(keys)
-        axs = new_axes(len(keys), figsize)
+        axs = new_axes(len(keys), figsize) if ax is None else ax
         for ax, key in zip(axs.flat, keys):
             ax.plot(self.hps[key])
             ax.set(xlabel='batch', ylabel=key)
@@ -2159,10 +2162,10 @@ def predict(learn, item, with_input=False):
     result = (learn.dls.decoded(decoded), decoded, pred)
     return (detuplify(items), *result) if with_input else result
 
-def show_results(learn, ds_idx=1, dl=None, max_n=9, shuffle=True):
+def show_results(learn, ds_idx=1, dl=None, max_n=9, shuffle=True, ax=None):
     """Draw up to `max_n` samples, target over prediction; returns the array of axes.
 
-    shuffle: any of a batch, not the first ones. For inputs see `show_samples`.
+    shuffle: any of a batch, not the first ones. For inputs and ax see `show_samples`.
     """
     dl = ordered_loader(learn.dls[ds_idx] if dl is None else dl)
     batch = [next(iter(dl))]
@@ -2174,7 +2177,7 @@ def show_results(learn, ds_idx=1, dl=None, max_n=9, shuffle=True):
     titles = [f'{learn.dls.decoded(y[i])}\n{learn.dls.decoded(decoded[i])}'
               for i in order[:max_n]]
     x = x[0] if isinstance(x, tuple) else x
-    return show_samples(x[order[:max_n]], titles)
+    return show_samples(x[order[:max_n]], titles, ax)
 
 def tta(learn, ds_idx=1, dl=None, n=4, item_tfms=None, batch_tfms=None, beta=0.25,
         use_max=False):
@@ -2595,7 +2598,8 @@ def draw_demo(learn, folder):
     with torch.no_grad():
         pred = learn.model(x).argmax(1)
     right.suptitle('predicted (true)')
-    show_samples(x, [f'{p} ({t})' for p, t in zip(pred, y)], right)
+    axs = right.subplots(3, 3)
+    show_samples(x, [f'{p} ({t})' for p, t in zip(pred, y)], axs)
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / 'minilearner_demo.png')
     return folder / 'minilearner_demo.png'

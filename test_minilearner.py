@@ -2161,6 +2161,39 @@ def test_one_cycle_does_not_switch_momentum_on(opt_func):
     assert 'mom' in bare.opt.hypers[0], "where nobody declared it, it is set and does nothing"
 
 
+SCHEDULES = {'lin': (ml.SchedLin, lambda s, e, p: s + (e - s) * p), 'no': (ml.SchedNo, lambda s, e, p: s),
+             'cos': (ml.SchedCos, lambda s, e, p: s + (1 - math.cos(math.pi * p)) * (e - s) / 2),
+             'exp': (ml.SchedExp, lambda s, e, p: s * (e / s)**p),
+             'poly': (functools.partial(ml.SchedPoly, power=3), lambda s, e, p: s + (e - s) * p**3)}
+
+
+@pytest.mark.parametrize('n_batches', [1, 2, 3, 100])
+@pytest.mark.parametrize('name', SCHEDULES)
+def test_every_schedule_hits_its_value_at_each_step_for_two_groups(name, n_batches):
+    make, formula = SCHEDULES[name]
+    seen = []
+    learn = line_learner(ml.DataLoaders([line_data(2)] * n_batches, device='cpu'), opt_func=ml.SGD,
+                         splitter=lambda m: [[m.a], [m.b]], cbs=ml.Callback(
+                             after_loss=lambda self: seen.append([h['lr'] for h in self.opt.hypers])))
+    learn.fit(1, cbs=ml.ParamScheduler({'lr': make([0.01, 0.02], [0.1, 0.3])}))
+    expected = [[formula(0.01, 0.1, i / n_batches), formula(0.02, 0.3, i / n_batches)]
+                for i in range(n_batches)]
+    assert seen == [pytest.approx(e) for e in expected]
+
+
+@pytest.mark.parametrize('n_batches', [1, 2, 3, 100])
+def test_one_cycle_for_two_groups_at_each_step(n_batches):
+    seen = []
+    learn = line_learner(ml.DataLoaders([line_data(2)] * n_batches, device='cpu'),
+                         splitter=lambda m: [[m.a], [m.b]], cbs=ml.Callback(
+                             after_loss=lambda self: seen.append([h['lr'] for h in self.opt.hypers])))
+    learn.fit_one_cycle(1, slice(0.01, 0.1))
+    for i, rates in enumerate(seen):
+        for lr, peak in zip(rates, (0.01, 0.1)):
+            assert lr == pytest.approx(ml.combined_cos(0.25, peak / 25, peak, peak / 1e5)(i / n_batches))
+    assert len(seen) == n_batches
+
+
 def test_a_schedule_sets_any_hyper():
     learn = line_learner()
     learn.fit(1, cbs=ml.ParamScheduler({'wd': ml.SchedCos(0., 1.)}))
@@ -2263,6 +2296,8 @@ def test_plots_of_schedules():
     assert [ax.get_ylabel() for ax in axs.flat] == ['lr', 'mom'] and axs[0, 1].get_xlabel() == 'batch'
     assert list(axs[0, 0].lines[0].get_ydata()) == learn.recorder.hps['lr']
     assert learn.recorder.plot_sched('mom').size == 1
+    given = plt.subplots(1, 2)[1]
+    assert learn.recorder.plot_sched(ax=given) is given and len(given[1].lines) == 1
     found = learn.lr_find(num_it=40)
     ax = plt.gcf().axes[0]
     assert ax.get_xscale() == 'log' and [t.get_text() for t in ax.get_legend().get_texts()] == [
@@ -2404,7 +2439,9 @@ def test_show_results_puts_target_over_prediction():
     learn = line_learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(40, 10)), loss_func=F.cross_entropy)
     state = torch.get_rng_state()
     axs = learn.show_results(max_n=3, shuffle=False)
-    learn.show_results()
+    given = plt.subplots(2, 2)[1]
+    assert learn.show_results(max_n=3, ax=given) is given
+    assert [ax.get_visible() for ax in given.flat] == [True, True, True, False]
     assert torch.get_rng_state().equal(state), "looking draws no random number"
     decoded = learn.get_preds(with_decoded=True)[2]
     titles = [ax.get_title() for ax in axs.flat if ax.get_visible()]
