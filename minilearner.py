@@ -691,7 +691,7 @@ class Optimizer:
         check_state_fits(self, sd.get('hypers', []), sd.get('state', []))
         for (p, *_), state in zip(self.all_params(), sd['state']):
             self.state[p] = map_tensors(lambda t: t.to(p.device, copy=True), state)
-        self.hypers = [dict(h) for h in sd['hypers']]
+        self.hypers = [{**own, **h} for own, h in zip(self.hypers, sd['hypers'])]
 
 def check_state_fits(opt, hypers, states):
     """Raise ValueError unless hypers (one dict a group), states (a parameter) fit."""
@@ -699,7 +699,7 @@ def check_state_fits(opt, hypers, states):
     found, own = (len(hypers), len(states)), (len(opt.hypers), len(params))
     check(found == own, f"its numbers of groups and parameters are {found}, here {own}")
     for a, b in zip(hypers, opt.hypers):
-        differ = b.keys() - a | a.keys() - b - {'mom', 'wd'}    # these a fit may add
+        differ = (a.keys() ^ b.keys()) - {'mom', 'wd'}    # these a fit may add
         check(not differ, f"one of the two optimizers has no {sorted(differ)}")
     for p, state in zip(params, states):
         tensors = [v for v in state.values() if isinstance(v, torch.Tensor)]

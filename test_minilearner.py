@@ -2245,6 +2245,22 @@ def test_lr_find_leaves_everything_as_it_was(tmp_path):
     assert not list(tmp_path.rglob('*')), "and no file"
 
 
+@pytest.mark.parametrize('opt_func', [functools.partial(ml.Optimizer, cbs=ml.sgd_step), torch.optim.AdamW])
+def test_an_interrupted_lr_find_changes_nothing_either(opt_func):
+    learn = line_learner(opt_func=opt_func, wd=0.1)
+    opt = learn.ensure_opt()
+    def stop(self):
+        if self.train_iter == 5: raise KeyboardInterrupt
+    learn.add_cb(ml.Callback(before_batch=stop))
+    with pytest.raises(KeyboardInterrupt):
+        learn.lr_find(show_plot=False)
+    assert same(weights(learn.model), weights(Line())) and learn.opt is opt
+    assert 'lr_finder' not in vars(learn) and opt.hypers[0]['lr'] == 0.1
+    learn.remove_cb(ml.Callback)
+    learn.cbs = [ml.TrainEvalCallback, ml.Recorder]
+    learn.fit(1)
+
+
 def test_lr_find_keeps_the_generator_of_a_torch_loader():
     def run(find):
         g = torch.Generator().manual_seed(5)
