@@ -1597,7 +1597,7 @@ class Recorder(Callback):
         names += ['valid_loss'] if self.valid_mets else []
         names += [prefix + m.name for m in self.valid_mets[1:]]
         self.metric_names = names + (['time'] if self.add_time else [])
-        self.learn.smooth_loss, self.done = None, {}
+        self.learn.smooth_loss, self.done, self.hps = None, {}, {}
 
     def before_epoch(self):
         self.start = time.perf_counter()
@@ -1670,6 +1670,7 @@ class Recorder(Callback):
         ax: an array of axes to draw into, one per key.
         """
         keys = list(self.hps) if keys is None else listify(keys)
+        check(keys, "no hyper was scheduled in the last fit: try fit_one_cycle")
         axs = new_axes(len(keys), figsize) if ax is None else ax
         for ax, key in zip(axs.flat, keys):
             ax.plot(self.hps[key])
@@ -1776,11 +1777,13 @@ def annealer(f):
 
     start, end: numbers, or lists with one number per parameter group. pos: 0 to 1.
     """
-    def at(start, end, pos):
-        if isinstance(start, (list, tuple)):
-            return [f(s, e, pos) for s, e in zip(start, end)]
-        return f(start, end, pos)
-    return lambda start, end: functools.partial(at, start, end)
+    return lambda start, end: functools.partial(anneal, f, start, end)
+
+def anneal(f, start, end, pos):
+    """`f(start, end, pos)`, or the list of it for lists of starts and ends."""
+    if isinstance(start, (list, tuple)):
+        return [f(s, e, pos) for s, e in zip(start, end)]
+    return f(start, end, pos)
 
 def sched_lin(start, end, pos):
     """On a straight line."""
@@ -1794,6 +1797,10 @@ def sched_exp(start, end, pos):
     """By equal factors; both ends above 0."""
     return start * (end / start) ** pos
 
+def sched_poly(power, start, end, pos):
+    """Along `pos**power`."""
+    return start + (end - start) * pos**power
+
 def sched_cos(start, end, pos):
     """Along half a cosine: slow, fast, slow."""
     return start + (1 - math.cos(math.pi * pos)) * (end - start) / 2
@@ -1803,14 +1810,15 @@ SchedExp, SchedCos = annealer(sched_exp), annealer(sched_cos)
 
 def SchedPoly(start, end, power):
     """From `start` to `end` along `pos**power`."""
-    return annealer(lambda s, e, pos: s + (e - s) * pos**power)(start, end)
+    return annealer(functools.partial(sched_poly, power))(start, end)
 
 def combine_scheds(pcts, scheds):
     """Play schedules one after another; `pcts` are their shares and sum to 1.
 
     Each sees `pos` from 0 to 1 of its own part. Raises: ValueError for bad shares.
     """
-    ok = len(pcts) == len(scheds) and min(pcts) >= 0 and abs(sum(pcts) - 1) < 1e-6
+    ok = all(pct >= 0 for pct in pcts) and abs(sum(pcts) - 1) < 1e-6
+    ok = ok and len(pcts) == len(scheds)
     check(ok, f"pcts={pcts}, {len(scheds)} schedules: give shares >= 0 that sum to 1")
     starts = [sum(pcts[:i]) for i in range(len(pcts))]
 
@@ -1848,7 +1856,7 @@ class ParamScheduler(Callback):
 
     def after_fit(self):
         if 'recorder' in vars(self.learn):
-            self.recorder.hps = self.hps
+            self.recorder.hps.update(self.hps)
 
 def fit_one_cycle(learn, n_epoch, lr_max=None, div=25., div_final=1e5, pct_start=0.25,
                   wd=None, moms=None, cbs=None, reset_opt=False, start_epoch=0):
@@ -1879,6 +1887,7 @@ def fine_tune(learn, epochs, base_lr=2e-3, freeze_epochs=1, lr_mult=100, pct_sta
     pct_start, div, kwargs: of the second part, see `fit_one_cycle`.
     Source: fastai's documentation of transfer learning.
     """
+    learn.ensure_opt(kwargs.pop('reset_opt', False))
     learn.freeze()
     learn.fit_one_cycle(freeze_epochs, slice(base_lr), pct_start=0.99, **kwargs)
     base_lr /= 2
@@ -1902,10 +1911,11 @@ class LRFinder(ParamScheduler):
         self.hps = {'lr': []}
 
     def after_batch(self):
-        loss = float(self.learn.smooth_loss)
-        self.best_loss = min(self.best_loss, loss)
-        if self.stop_div and not loss <= 4 * self.best_loss:
-            raise CancelFitException
+        if self.learn.smooth_loss is not None:
+            loss = float(self.learn.smooth_loss)
+            self.best_loss = min(self.best_loss, loss)
+            if self.stop_div and not loss <= 4 * self.best_loss:
+                raise CancelFitException
         if self.train_iter >= self.num_it:
             raise CancelFitException
 
@@ -1934,7 +1944,7 @@ def valley(lrs, losses, num_it):
 
 def lr_find(learn, start_lr=1e-7, end_lr=10, num_it=100, stop_div=True, show_plot=True,
             suggest_funcs=(minimum, steep)):
-    """Try out learning rates from `start_lr` to `end_lr`; then all is as it was before.
+    """Try out learning rates from `start_lr` to `end_lr`, then put everything back.
 
     num_it, stop_div: see `LRFinder`.
     show_plot: draw the loss by rate; the Recorder's `plot_lr_find` can do it later.
@@ -1944,41 +1954,60 @@ def lr_find(learn, start_lr=1e-7, end_lr=10, num_it=100, stop_div=True, show_plo
     Raises: ValueError if the loss was never a number.
     """
     check(hasattr(learn, 'recorder'), "lr_find needs it: learn.add_cb(Recorder)")
-    sources = [getattr(o, 'generator', None) for o in
-               (learn.dls.train, getattr(learn.dls.train, 'sampler', None))]
-    sources = [(o, o.get_state()) for o in sources if isinstance(o, torch.Generator)]
-    model, opt, rng = learn.model, learn.opt, rng_state()
-    weights, opt_state = copy.deepcopy((model.state_dict(), opt and opt.state_dict()))
-    batches = loader_len(learn.dls.train) or num_it
+    check(num_it > 1, f"num_it={num_it}: two rates are the least to compare")
+    opt, rng = learn.opt, rng_state()
+    opt_state = copy.deepcopy(opt and opt.state_dict())
+    put_back = [keep_tensors(o) for o in (learn.model, learn.loss_func)]
+    put_back += [functools.partial(g.set_state, g.get_state())
+                 for g in generators_of(learn.dls.train)]
     try:
         with learn.no_logging():
             finder = LRFinder(start_lr, end_lr, num_it, stop_div)
-            learn.fit(1 + num_it // batches, cbs=finder)
+            learn.fit(num_it + 1, cbs=finder)    # the finder ends it
     finally:
-        model.load_state_dict(weights)
         learn.opt = opt
         if opt is not None:
             opt.load_state_dict(opt_state)
         set_rng_state(rng)
-        for source, state in sources:
-            source.set_state(state)
+        for restore in put_back:
+            restore()
     found = suggest_lrs(learn.recorder, num_it, suggest_funcs)
     if show_plot:
         learn.recorder.plot_lr_find(suggestions=found)
     return found
 
+def keep_tensors(module):
+    """Copy all parameters and buffers of `module`; returns what puts them back."""
+    modules = list(module.modules()) if isinstance(module, nn.Module) else []
+    kept = [(d, k, t.detach().clone()) for m in modules
+            for d in (m._parameters, m._buffers) for k, t in d.items() if t is not None]
+
+    @torch.no_grad()
+    def put_back():
+        for tensors, k, t in kept:
+            tensors[k].copy_(t)
+    return put_back
+
+def generators_of(dl):
+    """The generators that a torch DataLoader, or a part of it, was given."""
+    batch_sampler = getattr(dl, 'batch_sampler', None)
+    parts = (dl, getattr(dl, 'sampler', None), getattr(batch_sampler, 'sampler', None))
+    found = [getattr(part, 'generator', None) for part in parts]
+    return [g for g in found if isinstance(g, torch.Generator)]
+
 def suggest_lrs(recorder, num_it, suggest_funcs):
-    """What the functions say of the losses, less the first tenth and the last five."""
+    """What the functions say of the losses, if many: less a tenth and the last five."""
     if not suggest_funcs:
         return None
     lrs = torch.tensor(recorder.lrs)
     losses = torch.tensor([float(v) for v in recorder.losses])
-    used = slice(num_it // 10, -5) if len(losses) > num_it // 10 + 7 else slice(None)
-    lrs, losses = lrs[used], losses[used]
-    check(len(losses) > 1 and losses.isfinite().any(), "the loss was never a number")
+    lrs, losses = lrs[losses.isfinite()], losses[losses.isfinite()]
+    if len(losses) > num_it // 10 + 7:
+        lrs, losses = lrs[num_it // 10:-5], losses[num_it // 10:-5]
+    check(len(losses) > 1, "the loss was never a number")
     names = [func_name(f) for f in listify(suggest_funcs)]
     found = [float(f(lrs, losses, num_it)) for f in listify(suggest_funcs)]
-    return namedtuple('SuggestedLRs', names)(*found)
+    return namedtuple('SuggestedLRs', names, rename=True)(*found)
 
 # --------------------------------------------------------------------------------------
 # 10. Inference: predictions in the order of the data, which disturb nothing
@@ -1991,6 +2020,7 @@ def validation_context(learn, cbs=None):
 
     cbs: callbacks for the time being. Callbacks that have `rests` are away; nothing is
     printed; the model is on the device of `dls`, in evaluation mode, without gradients.
+    Only what the model itself keeps, such as hidden states, is out of reach.
     """
     kept = {k: getattr(learn, k) for k in ('dl', 'xb', 'yb', 'pred', 'loss', 'iter',
                                            'n_iter', 'training', 'completed')}
@@ -2021,13 +2051,15 @@ def ordered_loader(dl):
     if isinstance(dl, TensorLoader):
         return TensorLoader(*dl.dataset.tensors, bs=dl.bs)
     data = torch.utils.data
+    if getattr(type(dl), '__iter__', None) is not data.DataLoader.__iter__:
+        return dl
     sampler, dataset = getattr(dl, 'sampler', None), getattr(dl, 'dataset', None)
     if isinstance(sampler, data.SubsetRandomSampler):
         dataset = data.Subset(dataset, list(sampler.indices))
     elif not isinstance(sampler, (data.SequentialSampler, data.RandomSampler)):
         return dl
-    if dl.batch_size is None:    # batches of the user's own making
-        return dl
+    if dl.batch_size is None and dl.batch_sampler is not None:
+        return dl    # batches of the user's own making
     # with a generator of its own, a pass does not draw its base seed from torch's
     return data.DataLoader(dataset, dl.batch_size, num_workers=dl.num_workers,
                            collate_fn=dl.collate_fn, generator=torch.Generator())
@@ -2038,7 +2070,10 @@ class GatherMetricsCallback(Callback):
 
     def before_validate(self):
         metrics = [mk_metric(m) for m in listify(self.learn.metrics)]
-        self.measures = [AvgLoss(), *copy.deepcopy(metrics)]
+        # subtle: a deep copy of a callback's method would copy callback and learner
+        shallow = (AvgMetric, ValueMetric)
+        self.measures = [AvgLoss(), *(copy.copy(m) if isinstance(m, shallow) else
+                                      copy.deepcopy(m) for m in metrics)]
         for m in self.measures:
             m.reset()
 
@@ -2047,10 +2082,17 @@ class GatherMetricsCallback(Callback):
             for m in self.measures:
                 m.accumulate(self.learn)
 
+def pick_loader(learn, ds_idx, dl):
+    """`dl`, or loader number `ds_idx`. Raises: ValueError if there is none."""
+    if dl is None and ds_idx < len(learn.dls.loaders):
+        dl = learn.dls[ds_idx]
+    check(dl is not None, f"ds_idx={ds_idx}: there is no such loader; pass one as dl=")
+    return dl
+
 def validate(learn, ds_idx=1, dl=None, cbs=None):
     """`[loss, *metrics]`, plain numbers, of all rows of loader `ds_idx`, or of `dl`."""
-    gather, dl = GatherMetricsCallback(), learn.dls[ds_idx] if dl is None else dl
-    run_validation(learn, ordered_loader(dl), [gather, *listify(cbs)])
+    gather, dl = GatherMetricsCallback(), ordered_loader(pick_loader(learn, ds_idx, dl))
+    run_validation(learn, dl, [gather, *listify(cbs)])
     return [plain_number(m.value) for m in gather.measures]
 
 class GatherPredsCallback(Callback):
@@ -2080,7 +2122,8 @@ class GatherPredsCallback(Callback):
         if self.with_input:
             self.keep(self.inputs, learn.x)
         if self.with_loss:
-            self.keep(self.losses, learn.loss.view(find_bs(learn.yb), -1).mean(1))
+            check(learn.yb, "with_loss=True: without targets there is no loss")
+            self.keep(self.losses, learn.loss.reshape(find_bs(learn.yb), -1).mean(1))
 
     def keep(self, kept, b, folder=None):
         b = self.learn.to_detach(b)
@@ -2095,7 +2138,8 @@ def concat(parts, dim=0):
     if not parts:
         return None
     if isinstance(parts[0], (tuple, list)):
-        return type(parts[0])(concat(list(p), dim) for p in zip(*parts))
+        joined, kind = [concat(list(p), dim) for p in zip(*parts)], type(parts[0])
+        return kind(*joined) if hasattr(kind, '_fields') else kind(joined)
     return torch.cat(parts, dim)
 
 def act_and_decodes(loss_func):
@@ -2104,13 +2148,13 @@ def act_and_decodes(loss_func):
     The loss function's own `activation` and `decodes`; else softmax and largest class
     for cross-entropy; sigmoid and above 0.5 for binary cross-entropy with logits.
     """
-    act = decodes = lambda pred: pred
-    if isinstance(loss_func, nn.CrossEntropyLoss) or loss_func is F.cross_entropy:
-        act = functools.partial(torch.softmax, dim=1)
-        decodes = functools.partial(torch.argmax, dim=1)
-    bce = F.binary_cross_entropy_with_logits
-    if isinstance(loss_func, nn.BCEWithLogitsLoss) or loss_func is bce:
-        act, decodes = torch.sigmoid, lambda pred: pred > 0.5
+    f, bce = getattr(loss_func, 'func', loss_func), F.binary_cross_entropy_with_logits
+    act = decodes = lambda t: t
+    if isinstance(f, nn.CrossEntropyLoss) or f is F.cross_entropy:
+        act, decodes = lambda t: t.softmax(1), lambda t: t.argmax(1)
+    if isinstance(f, nn.BCEWithLogitsLoss) or f is bce:
+        act, decodes = torch.sigmoid, lambda t: t > 0.5
+    act, decodes = (functools.partial(map_tensors, o) for o in (act, decodes))
     return getattr(loss_func, 'activation', act), getattr(loss_func, 'decodes', decodes)
 
 def get_preds(learn, ds_idx=1, dl=None, with_input=False, with_decoded=False,
@@ -2128,7 +2172,7 @@ def get_preds(learn, ds_idx=1, dl=None, with_input=False, with_decoded=False,
     concat_dim: the batch dimension.
     Returns: ([inputs,] preds, targets[, decoded][, losses]); tensors on the CPU.
     """
-    dl = learn.dls[ds_idx] if dl is None else dl
+    dl = pick_loader(learn, ds_idx, dl)
     dl = ordered_loader(dl) if reorder else dl
     default_act, decodes = act_and_decodes(learn.loss_func)
     act = default_act if act is None else act
@@ -2149,7 +2193,9 @@ def predict(learn, item, with_input=False):
     Raises: ValueError, with its shape, for an item that the model cannot take.
     """
     items = item if isinstance(item, tuple) else (item,)
-    items = tuple(torch.as_tensor(o) for o in items)
+    items = tuple(torch.as_tensor(o, dtype=torch.get_default_dtype())
+                  if str(getattr(o, 'dtype', '')) == 'float64' else torch.as_tensor(o)
+                  for o in items)    # NumPy's default is not torch's
     batch = tuple(o[None] for o in items)
     with contextmanager(replacing_yield)(learn.dls, 'n_inp', len(batch)):
         try:
@@ -2167,9 +2213,9 @@ def show_results(learn, ds_idx=1, dl=None, max_n=9, shuffle=True, ax=None):
 
     shuffle: any of a batch, not the first ones. For inputs and ax see `show_samples`.
     """
-    dl = ordered_loader(learn.dls[ds_idx] if dl is None else dl)
-    batch = [next(iter(dl))]
+    batch = [next(iter(ordered_loader(pick_loader(learn, ds_idx, dl))))]
     x, _, y, decoded = get_preds(learn, dl=batch, with_input=True, with_decoded=True)
+    check(y is not None, "show_results shows targets, and the batches have none")
     generator = torch.Generator()
     generator.seed()    # by chance, but not at the cost of the global generator
     order = torch.randperm(len(decoded), generator=generator) if shuffle else \
@@ -2183,16 +2229,16 @@ def tta(learn, ds_idx=1, dl=None, n=4, item_tfms=None, batch_tfms=None, beta=0.2
         use_max=False):
     """Test time augmentation: the mean of `n` augmented passes, mixed with a plain one.
 
-    item_tfms, batch_tfms: functions that augment an input, or a batch of them; without
-      these, augmentation is up to the data set.
+    item_tfms, batch_tfms: functions that augment an input, or a batch of them (of the
+      first, if there are several); without these it is up to the data set.
     beta: weight of the plain predictions; None returns `(augmented, plain)`.
     use_max: the largest of all predictions instead of means. Returns: (preds, targets).
     """
     def augment(self):
-        x = self.x
+        x, *others = self.xb
         if item_tfms is not None:
             x = torch.stack([item_tfms(item) for item in x])
-        self.learn.xb = (x if batch_tfms is None else batch_tfms(x),)
+        self.learn.xb = (x if batch_tfms is None else batch_tfms(x), *others)
     cb = Callback(before_batch=augment)
     passes = torch.stack([get_preds(learn, ds_idx, dl, cbs=cb)[0] for _ in range(n)])
     augmented = passes.amax(0) if use_max else passes.mean(0)
@@ -2317,17 +2363,17 @@ def export(learn, fname='export.pkl', pickle_protocol=2):
     loaded, these must be there to import.
     Raises: ValueError, which names it, if something cannot be pickled.
     """
-    file, dls, opt = learn.path / fname, learn.dls, learn.opt
-    kept = ('path', 'device', 'n_inp', 'vocab', 'decode')
-    learn.dls = DataLoaders([], **{k: getattr(dls, k) for k in kept})
-    learn.opt = None
+    file, kept = learn.path / fname, dict(vars(learn))
+    learn.dls, learn.opt, learn.logger = copy.copy(learn.dls), None, print
+    no_data = dict(loaders=[[]], train=[], valid=None, train_ds=None, valid_ds=None)
+    vars(learn.dls).update(no_data)
+    learn._forget_batch()
     try:
-        check_picklable(learn, learn)
-        for cb in learn.cbs:
-            check_picklable(cb, learn)
+        for o in (learn, *learn.cbs):
+            check_picklable(o, learn)
         save_state(learn, file, pickle_protocol)
     finally:
-        learn.dls, learn.opt = dls, opt
+        vars(learn).update(kept)
     return file
 
 def check_picklable(o, learn):
@@ -2346,7 +2392,13 @@ def load_learner(fname, cpu=True):
 
     fname: path or open file. cpu: on the CPU; else on the device that it was on.
     """
-    learn = torch.load(fname, map_location='cpu' if cpu else None, weights_only=False)
+    try:
+        device = 'cpu' if cpu else None
+        learn = torch.load(fname, map_location=device, weights_only=False)
+    except OSError:
+        raise
+    except Exception as e:
+        raise ValueError(f"cannot load {fname} (should be from export): {e!r}") from e
     check(isinstance(learn, Learner), f"{fname} holds a {type(learn).__name__}")
     if cpu:
         learn.dls.cpu()
@@ -2394,16 +2446,16 @@ class TrackerCallback(Callback):
         if self.reset_on_fit:
             self.best = None
         check(hasattr(self.learn, 'recorder'), f"{self!r} needs the Recorder")
-        names = self.recorder.metric_names[1:]
+        names = [name for name in self.recorder.metric_names[1:] if name != 'time']
         check(self.monitor in names, f"monitor={self.monitor!r}: there are {names}")
-        self.column, self.new_best = names.index(self.monitor), False
+        self.column, self.new_best, self.n_rows = names.index(self.monitor), False, 0
 
     def after_epoch(self):
-        value, self.new_best = None, False
-        if self.recorder.values:
-            value = self.recorder.values[-1][self.column]
+        rows, self.new_best = self.recorder.values, False
+        value = rows[-1][self.column] if len(rows) > self.n_rows else None
+        self.n_rows, self.measured = len(rows), value is not None
         if value is None or value != value:
-            return      # a cancelled pass, or NaN
+            return      # an epoch or pass that was cancelled; or NaN
         # the sign of what is better, by asking
         delta = -self.min_delta if self.comp(1, 0) else self.min_delta
         self.new_best = self.best is None or bool(self.comp(value + delta, self.best))
@@ -2419,6 +2471,7 @@ class EarlyStoppingCallback(TrackerCallback):
     def __init__(self, monitor='valid_loss', comp=None, min_delta=0., patience=1,
                  reset_on_fit=True):
         super().__init__(monitor, comp, min_delta, reset_on_fit)
+        check(patience >= 1, f"patience={patience}: give 1 epoch or more")
         self.patience = patience
 
     def before_fit(self):
@@ -2427,7 +2480,7 @@ class EarlyStoppingCallback(TrackerCallback):
 
     def after_epoch(self):
         super().after_epoch()
-        self.wait = 0 if self.new_best else self.wait + 1
+        self.wait = 0 if self.new_best else self.wait + self.measured
         if self.wait >= self.patience:
             raise CancelFitException
 
@@ -2446,16 +2499,16 @@ class SaveModelCallback(TrackerCallback):
                  every_epoch=False, at_end=False, with_opt=False, reset_on_fit=True):
         super().__init__(monitor, comp, min_delta, reset_on_fit)
         self.fname, self.every_epoch = fname, every_epoch
-        self.at_end, self.with_opt = at_end, with_opt
+        self.at_end, self.with_opt, self.saved = at_end, with_opt, False
 
     def before_fit(self):
-        self.saved = False
+        self.saved = self.saved and not self.reset_on_fit
         super().before_fit()
 
     def after_epoch(self):
         super().after_epoch()
         if self.every_epoch:
-            if self.epoch % int(self.every_epoch) == 0:
+            if self.completed and self.epoch % int(self.every_epoch) == 0:
                 self.learn.save(f'{self.fname}_{self.epoch}', self.with_opt)
         elif self.new_best:
             self.learn.save(self.fname, self.with_opt)
@@ -2463,7 +2516,7 @@ class SaveModelCallback(TrackerCallback):
 
     def after_fit(self):
         if self.at_end:
-            self.learn.save(f'{self.fname}', self.with_opt)
+            self.learn.save(self.fname, self.with_opt)
         elif self.saved:
             self.learn.load(self.fname, with_opt=self.with_opt)
 
@@ -2481,21 +2534,22 @@ class GradientAccumulation(Callback):
 
     The last batch of an epoch steps with what there is. For losses that are means.
     """
-    order = -5
+    order, run_valid = -5, False
 
     def __init__(self, n_acc=32):
         self.n_acc = n_acc
 
     def before_train(self):
-        self.count, self.flushing = 0, False
+        self.count, self.carried, self.flushing = 0, [], False
 
     def before_backward(self):
-        bs = find_bs(self.yb)
-        self.count, self.unscaled = self.count + bs, self.loss.detach()
-        self.learn.loss = self.loss * bs    # a sum, which adds up over batches
+        self.unscaled = self.loss.detach()
+        self.learn.loss = self.loss * find_bs(self.yb)    # sums add up over batches
 
     def after_backward(self):
         self.learn.loss = self.unscaled
+        if self.completed:
+            self.count += find_bs(self.yb)
 
     def before_step(self):
         params = [p for p in self.model.parameters() if p.grad is not None]
@@ -2504,26 +2558,28 @@ class GradientAccumulation(Callback):
             self.carried = [(p, p.grad) for p in params]
             raise CancelStepException
         for p in params:
-            p.grad /= self.count
+            p.grad /= max(1, self.count)
         self.count = 0
 
     def after_batch(self):
-        for p, grad in self.__dict__.pop('carried', ()):
+        for p, grad in self.carried:
             p.grad = grad    # the loop has forgotten it
+        self.carried = []
 
     def after_train(self):
-        if self.count and self.completed:    # the loader did not tell its last batch
+        completed = self.completed
+        if self.count and completed:    # the loader did not tell its last batch
             self.flushing = True
             self.learn._stage('step', self.opt.step, CancelStepException)
-            self.opt.zero_grad()
+            self.learn.completed = completed
+        self.opt.zero_grad()
 
 class ModelResetter(Callback):
     """Calls `model.reset()` before each pass, as recurrent models need it."""
     def before_train(self):
         self.model.reset()
 
-    def before_validate(self):
-        self.model.reset()
+    before_validate = before_train
 
 class RNNRegularizer(Callback):
     """Penalties on activations (alpha) and on their changes over time (beta).
@@ -2546,6 +2602,9 @@ class RNNRegularizer(Callback):
         if steps.shape[1] > 1:
             change = steps[:, 1:] - steps[:, :-1]
             self.learn.loss = self.loss + self.beta * change.pow(2).mean()
+
+    def after_batch(self):
+        self.raw_out = self.out = None    # they hold the graph
 
 # --------------------------------------------------------------------------------------
 # 13. Demo: a small network learns MNIST-1D

@@ -2197,6 +2197,15 @@ def test_one_cycle_for_two_groups_at_each_step(n_batches):
 def test_a_schedule_sets_any_hyper():
     learn = line_learner()
     learn.fit(1, cbs=ml.ParamScheduler({'wd': ml.SchedCos(0., 1.)}))
+    learn.add_cb(ml.ParamScheduler({'wd': ml.SchedNo(0.5, 0.5)}))
+    learn.fit_one_cycle(1)
+    assert set(learn.recorder.hps) == {'wd', 'lr', 'mom'}, "several schedules, one history"
+    pickle.dumps(learn.param_scheduler.scheds)
+    learn.remove_cb(ml.ParamScheduler)
+    learn.fit(1)
+    with pytest.raises(ValueError, match='no hyper was scheduled'):
+        learn.recorder.plot_sched()
+    learn.fit(1, cbs=ml.ParamScheduler({'wd': ml.SchedCos(0., 1.)}))
     assert learn.recorder.hps == {'wd': pytest.approx([0, *[(1 - math.cos(math.pi * i / 4)) / 2 for i in (1, 2, 3)]])}
 
 
@@ -2289,6 +2298,44 @@ def test_lr_find_walks_through_the_rates_and_stops():
     with pytest.raises(ValueError, match='never a number'):
         line_learner(ml.DataLoaders([(line_data(4)[0] * math.nan, line_data(4)[1])] * 9, device='cpu')
                      ).lr_find(num_it=9, show_plot=False)
+
+
+class Counting(Line):
+    """Counts its calls in a buffer that is not saved."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('n', torch.tensor(0.), persistent=False)
+
+    def forward(self, x):
+        self.n = self.n + 1
+        return super().forward(x)
+
+
+def test_lr_find_on_odd_ground():
+    class Endless:
+        def __iter__(self): return iter([line_data(4)] * 5)
+    learn = line_learner(ml.DataLoaders(Endless(), device='cpu'), model=Counting())
+    learn.lr_find(num_it=20, stop_div=False, show_plot=False)
+    assert len(learn.recorder.lrs) == 20, "also if nobody knows the length of an epoch"
+    assert learn.model.n == 0, "buffers that are not saved come back, too"
+    def skip(self):
+        if self.train_iter < 2: raise ml.CancelBatchException
+    learn.add_cb(ml.Callback(before_batch=skip))
+    learn.lr_find(num_it=20, show_plot=False)
+    x, y = line_data(4)
+    blown = ml.DataLoaders([(x, y)] * 10 + [(x * math.nan, y)], device='cpu')
+    found = line_learner(blown).lr_find(1e-4, 1e-2, num_it=40, show_plot=False)
+    assert all(math.isfinite(v) and v < 1e-3 for v in found), "NaN is not the lowest loss"
+    with pytest.raises(ValueError, match='num_it=1'):
+        learn.lr_find(num_it=1)
+
+
+def test_fine_tune_resets_once():
+    learn = two_groups()
+    before = weights(learn.model)
+    learn.fine_tune(1, reset_opt=True)
+    assert not any(torch.equal(a, b) for a, b in zip(before, weights(learn.model)))
 
 
 def test_suggestions():
@@ -2435,6 +2482,51 @@ def test_activation_and_decision_come_from_the_loss(loss_func, act, decodes):
     assert own_act(pred).equal(act(pred)) and own_decodes(own_act(pred)).equal(decodes(pred))
 
 
+def test_activation_sees_through_partials_and_tuples():
+    act, decodes = ml.act_and_decodes(functools.partial(F.cross_entropy, label_smoothing=0.1))
+    p = torch.randn(4, 3)
+    assert act(p).equal(p.softmax(1)) and decodes((p, p))[1].equal(p.argmax(1))
+
+
+def test_predictions_of_many_shapes():
+    class Two(nn.Module):
+        def forward(self, a, b): return Pair(a + b, a - b)
+    x, y = line_data(8)
+    learn = line_learner(ml.DataLoaders([(x, x, y)] * 2, [(x, x, y)], n_inp=2, device='cpu'), Two(),
+                         loss_func=lambda pred, y, reduction='mean': F.mse_loss(pred.x, y, reduction=reduction))
+    preds, targets, losses = learn.get_preds(0, with_loss=True)
+    assert type(preds) is Pair and preds.x.shape == (16, 1) and losses.shape == (16,)
+    assert learn.predict((x[0], x[0]))[2].x.equal(2 * x[0])
+    single = line_learner(ml.DataLoaders([(x, x, y)], [(x, x, y)], n_inp=2, device='cpu'), nn.Bilinear(1, 1, 1))
+    assert single.tta(item_tfms=lambda item: item * 2)[0].shape == (8, 1)
+    with pytest.raises(ValueError, match='without targets'):
+        line_learner().get_preds(dl=[x], with_loss=True)
+    with pytest.raises(ValueError, match='no such loader'):
+        line_learner(ml.DataLoaders([(x, y)], device='cpu')).validate()
+
+
+def test_validate_asks_the_metrics_themselves():
+    class Counter(ml.Callback):
+        n = 0
+        def before_validate(self): self.n = 0
+        def after_loss(self): self.n += not self.training
+        def count(self): return self.n
+    counter = Counter()
+    learn = line_learner(cbs=counter, metrics=ml.ValueMetric(counter.count, 'n'))
+    learn.fit(1)
+    assert learn.recorder.values[0][2] == 2 and learn.validate()[1] == 2
+
+
+def test_own_loaders_are_taken_as_they_come():
+    class Doubling(DataLoader):
+        def __iter__(self): return ((x * 2, y) for x, y in super().__iter__())
+    x, y = line_data(8)
+    inputs, *_ = line_learner().get_preds(dl=Doubling(TensorDataset(x, y), 4), with_input=True)
+    assert inputs.equal(x * 2)
+    bare = DataLoader(TensorDataset(x, y), batch_size=None, shuffle=True)
+    assert line_learner().get_preds(dl=bare)[1].flatten().equal(y.flatten())
+
+
 def test_predict_one_item():
     x, y = class_batches(1)[0]
     dls = ml.DataLoaders(ml.TensorLoader(x, y), device='cpu', vocab=['a', 'b', 'c'])
@@ -2444,6 +2536,7 @@ def test_predict_one_item():
     expected = learn.model(x[2:3]).softmax(1)[0]
     assert torch.allclose(probs, expected) and decoded == expected.argmax() and full == 'abc'[decoded]
     assert learn.predict(x[2].numpy(), with_input=True)[0].equal(x[2]) and dls.n_inp is None
+    assert learn.predict(x[2].double().numpy())[1] == decoded, "NumPy's default is double"
     with pytest.raises(ValueError, match=r'shape \[7\].*train_ds\[0\]\[0\]'):
         learn.predict(torch.ones(7))
 
@@ -2636,7 +2729,28 @@ def test_export_names_what_cannot_be_pickled(tmp_path):
         learn.export()
 
 
+class MyLoaders(ml.DataLoaders):
+    def decoded(self, y): return 'mine'
+
+
+def test_export_in_a_fit_leaves_out_the_data(tmp_path):
+    x, y = line_data(20000)
+    learn = line_learner(MyLoaders([(x, y)], device='cpu', path=tmp_path))
+    learn.fit(1, cbs=ml.Callback(after_batch=export_now))
+    assert (tmp_path / 'export.pkl').stat().st_size < 50000
+    loaded = ml.load_learner(tmp_path / 'export.pkl')
+    loaded.remove_cb(loaded.callback)      # the one that exports came along
+    assert loaded.dl is None and loaded.predict(x[0])[0] == 'mine'
+
+
+def export_now(self):
+    self.learn.export()
+
+
 def test_load_learner_wants_a_learner(tmp_path):
+    (tmp_path / 'y.pkl').write_text('hello')
+    with pytest.raises(ValueError, match='y.pkl'):
+        ml.load_learner(tmp_path / 'y.pkl')
     torch.save({'a': torch.ones(1)}, tmp_path / 'x.pkl')
     with pytest.raises(ValueError, match='holds a dict'):
         ml.load_learner(tmp_path / 'x.pkl')
@@ -2766,6 +2880,64 @@ def test_accumulated_gradients_equal_one_large_batch(bs, n_acc, with_length):
     assert acc.recorder.losses[0].item() == pytest.approx(first.item()), "the loss is logged unscaled"
 
 
+def test_a_window_that_was_cancelled_does_not_leak_into_the_next():
+    x, y = line_data(40)
+    batches = [(x[i:i + 8], y[i:i + 8]) for i in range(0, 40, 8)]
+    def cancel(self):
+        if self.epoch == 0 and self.iter == 2: raise ml.CancelTrainException
+    def run(data, n_epoch, cbs):
+        learn = line_learner(ml.DataLoaders(data, device='cpu'), opt_func=ml.SGD, cbs=cbs)
+        learn.fit(n_epoch)
+        return weights(learn.model)
+    one = run([(x, y)], 1, [])
+    acc = run(batches, 2, [ml.GradientAccumulation(40), ml.Callback(before_batch=cancel)])
+    assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(one, acc))
+    watched = run(batches, 1, [ml.GradientAccumulation(40), ml.Callback(
+        after_step=lambda self: self.learn.get_preds(dl=[(x, y)]))])
+    assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(one, watched)), "predicting disturbs nothing"
+
+
+def test_batches_without_gradient_do_not_count():
+    x, y = line_data(24)
+    batches = [(x[i:i + 8], y[i:i + 8]) for i in range(0, 24, 8)]
+    def skip(self):
+        if self.iter == 1: raise ml.CancelBackwardException
+    learn = line_learner(ml.DataLoaders(batches, device='cpu'), opt_func=ml.SGD,
+                         cbs=[ml.GradientAccumulation(100), ml.Callback(before_backward=skip)])
+    learn.fit(1)
+    both = tuple(torch.cat(o) for o in zip(batches[0], batches[2]))
+    plain = line_learner(ml.DataLoaders([both], device='cpu'), opt_func=ml.SGD)
+    plain.fit(1)
+    assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(weights(learn.model), weights(plain.model)))
+
+
+def test_skipped_epochs_are_neither_best_nor_worse():
+    def skip(self):
+        if self.epoch == 1: raise ml.CancelEpochException
+    learn = scripted([1, None, 2, 3, 0], [ml.EarlyStoppingCallback('score'), ml.Callback(before_epoch=skip)])
+    learn.fit(5)
+    assert [row[2] for row in learn.recorder.values] == [1, 2, 3, 0]
+    with pytest.raises(ValueError, match="monitor='time'"):
+        learn.fit(1, cbs=ml.TrackerCallback('time'))
+    with pytest.raises(ValueError, match='patience=0'):
+        ml.EarlyStoppingCallback(patience=0)
+
+
+def test_save_model_over_several_fits(tmp_path):
+    learn = scripted([5, 1], ml.SaveModelCallback('score', reset_on_fit=False), dls=line_dls(path=tmp_path))
+    learn.fit(2)
+    best = weights(learn.model)
+    learn.scripted.values = [2, 3]
+    learn.fit(2)
+    assert same(weights(learn.model), best), "the best of both fits"
+    def stop(self):
+        if self.epoch == 1: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(3, cbs=[ml.SaveModelCallback(every_epoch=True, fname='e', monitor='train_loss'),
+                          ml.Callback(after_loss=stop)])
+    assert not (tmp_path / 'models' / 'e_1.pth').exists(), "no half-trained epoch"
+
+
 def test_model_resetter_and_rnn_regularizer():
     class RNN(nn.Module):
         def __init__(self):
@@ -2782,6 +2954,7 @@ def test_model_resetter_and_rnn_regularizer():
                          cbs=[ml.ModelResetter, ml.RNNRegularizer(alpha=2., beta=3.)])
     learn.fit(1)
     assert learn.model.n_reset == 2, "before training and before validation"
+    copy.deepcopy(learn)    # no graph is left in the callbacks
     out, (h,), _ = model(x)
     expected = F.mse_loss(out, y) + 2 * h.pow(2).mean() + 3 * (h[:, 1:] - h[:, :-1]).pow(2).mean()
     assert learn.recorder.losses[0].item() == pytest.approx(expected.item(), rel=1e-5)
