@@ -610,13 +610,17 @@ class Optimizer:
     @torch.no_grad()
     def step(self):
         """Run the step functions on every parameter that has a gradient."""
-        if not self._checked and self.all_params(with_grad=True):
-            self._check_hypers()
-        for p, _, state, hyper in self.all_params(with_grad=True):
-            for f in self.cbs:
-                state.update(f(p, **{**state, **hyper}) or {})
+        params = self.all_params(with_grad=True)
+        if params and not self._checked:
+            self._check_hypers(*params[0])
+        for p, _, state, hyper in params:
+            self._update(p, state, hyper)
 
-    def _check_hypers(self):
+    def _update(self, p, state, hyper):
+        for f in self.cbs:
+            state.update(f(p, **{**state, **hyper}) or {})
+
+    def _check_hypers(self, p, group, state, hyper):
         """Find what is missing before a weight moves; if in doubt, try on a copy."""
         known, doubtful = set(self.hypers[0]).union(*self.state.values()), set()
         for f in self.cbs:
@@ -625,18 +629,14 @@ class Optimizer:
             doubtful |= {a.name for a in args if a.default is a.empty} - known
             known |= {a.name for a in args}
         if doubtful:
-            self._rehearse(*self.all_params(with_grad=True)[0])
-        self._checked = True
-
-    def _rehearse(self, p, group, state, hyper):
-        trial, state = p.detach().clone(), map_tensors(torch.clone, state)
-        trial.grad = p.grad.detach().clone()
-        for f in self.cbs:
+            trial = p.detach().clone()
+            trial.grad = p.grad.detach().clone()
             try:
-                state.update(f(trial, **{**state, **hyper}) or {})
+                self._update(trial, map_tensors(torch.clone, state), hyper)
             except TypeError as e:
                 raise ValueError(f"{e}: give this hyper to the Optimizer, or put the "
                                  "function that keeps this state in front") from e
+        self._checked = True
 
     def zero_grad(self, set_to_none=True):
         """Forget all gradients; `set_to_none=False` fills them with 0 instead."""
@@ -2053,7 +2053,7 @@ def ordered_loader(dl):
     data = torch.utils.data
     if getattr(type(dl), '__iter__', None) is not data.DataLoader.__iter__:
         return dl
-    sampler, dataset = getattr(dl, 'sampler', None), getattr(dl, 'dataset', None)
+    sampler, dataset = dl.sampler, dl.dataset
     if isinstance(sampler, data.SubsetRandomSampler):
         dataset = data.Subset(dataset, list(sampler.indices))
     elif not isinstance(sampler, (data.SequentialSampler, data.RandomSampler)):
@@ -2298,18 +2298,18 @@ def save_state(state, file, pickle_protocol=2):
     finally:
         unfinished.unlink(missing_ok=True)
 
-def load_state(file, device=None):
-    """What `save_state` wrote, on `device` (default: the CPU); runs no code of it.
+def load_state(file, device='cpu', weights_only=True):
+    """What `save_state` wrote, on `device` (None: where it was).
 
-    Raises: FileNotFoundError; ValueError, naming the file, for a damaged or foreign
-    one.
+    weights_only: run no code of the file; then it holds tensors and plain containers.
+    Raises: OSError; ValueError, naming the file, for a damaged or foreign one.
     """
     try:
         with nullcontext(file) if hasattr(file, 'read') else open(file, 'rb') as f:
             start, broken = f.tell(), zipfile.ZipFile(f).testzip()
             check(broken is None, f"wrong checksum in {broken}")
             f.seek(start)
-            return torch.load(f, map_location=device or 'cpu', weights_only=True)
+            return torch.load(f, map_location=device, weights_only=weights_only)
     except OSError:
         raise
     except Exception as e:
@@ -2325,7 +2325,7 @@ def load_model(file, model, opt, with_opt=None, device=None, strict=True):
     Raises: FileNotFoundError; ValueError, naming the file and the keys, if it is
     damaged or does not fit. Then nothing has changed.
     """
-    state = load_state(file, device)
+    state = load_state(file, device or 'cpu')
     both = isinstance(state, dict) and state.keys() == {'model', 'opt'}
     weights, opt_state = (state['model'], state['opt']) if both else (state, None)
     ok = isinstance(weights, dict) and all(isinstance(k, str) for k in weights)
@@ -2392,13 +2392,7 @@ def load_learner(fname, cpu=True):
 
     fname: path or open file. cpu: on the CPU; else on the device that it was on.
     """
-    try:
-        device = 'cpu' if cpu else None
-        learn = torch.load(fname, map_location=device, weights_only=False)
-    except OSError:
-        raise
-    except Exception as e:
-        raise ValueError(f"cannot load {fname} (should be from export): {e!r}") from e
+    learn = load_state(fname, 'cpu' if cpu else None, weights_only=False)
     check(isinstance(learn, Learner), f"{fname} holds a {type(learn).__name__}")
     if cpu:
         learn.dls.cpu()
@@ -2493,8 +2487,6 @@ class SaveModelCallback(TrackerCallback):
     with_opt: the optimizer as well.
     The other parameters: see `TrackerCallback`.
     """
-    order = 60
-
     def __init__(self, monitor='valid_loss', comp=None, min_delta=0., fname='model',
                  every_epoch=False, at_end=False, with_opt=False, reset_on_fit=True):
         super().__init__(monitor, comp, min_delta, reset_on_fit)

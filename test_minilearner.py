@@ -84,6 +84,21 @@ def line_learner(dls=None, model=None, **kwargs):
     return learn
 
 
+class TinyRNN(nn.Module):
+    """Returns (output, raw activations, activations), and counts its resets."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin, self.n_reset = nn.Linear(2, 2), 0
+
+    def reset(self):
+        self.n_reset += 1
+
+    def forward(self, x):
+        h = self.lin(x)
+        return h.sum((1, 2), keepdim=True)[:, 0], [h], [h]
+
+
 def small_net(seed=0, n_in=10, n_out=3):
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(n_in, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, n_out))
@@ -1929,18 +1944,10 @@ def test_the_books_callbacks_work_unchanged():
         run_before = ml.Recorder
         def after_batch(self):
             if torch.isinf(self.loss) or torch.isnan(self.loss): raise ml.CancelFitException
-    class RNN(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.lin, self.n_reset = nn.Linear(2, 2), 0
-        def reset(self): self.n_reset += 1
-        def forward(self, x):
-            h = self.lin(x)
-            return h.sum((1, 2), keepdim=True)[:, 0], [h], [h]
     x, y = torch.ones(4, 5, 2), torch.ones(4, 1)
     def losses(**kwargs):
         torch.manual_seed(0)
-        learn = line_learner(ml.DataLoaders([(x, y)] * 2, [(x, y)], device='cpu'), RNN(),
+        learn = line_learner(ml.DataLoaders([(x, y)] * 2, [(x, y)], device='cpu'), TinyRNN(),
                              cbs=[ModelResetter, RNNRegularizer(**kwargs), TerminateOnNaNCallback])
         learn.fit(1)
         assert learn.model.n_reset == 2
@@ -2926,17 +2933,9 @@ def test_save_model_over_several_fits(tmp_path):
 
 
 def test_model_resetter_and_rnn_regularizer():
-    class RNN(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.lin, self.n_reset = nn.Linear(2, 2), 0
-        def reset(self): self.n_reset += 1
-        def forward(self, x):
-            h = self.lin(x)
-            return h.sum((1, 2), keepdim=True)[:, 0], [h], [h]
     x, y = torch.randn(4, 5, 2), torch.ones(4, 1)
     torch.manual_seed(0)
-    model = RNN()
+    model = TinyRNN()
     learn = line_learner(ml.DataLoaders([(x, y)], [(x, y)], device='cpu'), copy.deepcopy(model),
                          cbs=[ml.ModelResetter, ml.RNNRegularizer(alpha=2., beta=3.)])
     learn.fit(1)
