@@ -65,7 +65,7 @@ import time
 import types
 import warnings
 import zipfile
-from collections import ChainMap, defaultdict, namedtuple
+from collections import ChainMap, OrderedDict, defaultdict, namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -233,19 +233,31 @@ def set_seed(s, reproducible=False):
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
 
 def rng_state():
-    """State of all random number generators that `set_seed` seeds: a dict."""
-    numpy = sys.modules.get('numpy')
-    return {'python': random.getstate(), 'torch': torch.get_rng_state(),
-            'cuda': torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            'numpy': numpy and numpy.random.get_state()}
+    """State of all random number generators that `set_seed` seeds: plain values."""
+    state = {'python': random.getstate(), 'torch': torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state['cuda'] = torch.cuda.get_rng_state_all()
+    if 'numpy' in sys.modules:
+        kind, keys, *rest = sys.modules['numpy'].random.get_state()
+        state['numpy'] = (kind, keys.tolist(), *rest)
+    return state
 
 def set_rng_state(state):
-    """Go back to what `rng_state` returned."""
+    """Go back to what `rng_state` returned, for the generators that are here, too."""
     random.setstate(state['python'])
     torch.set_rng_state(state['torch'])
-    torch.cuda.set_rng_state_all(state['cuda'])
-    if state['numpy'] is not None:
+    if len(state.get('cuda', ())) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state.get('cuda', []))
+    if 'numpy' in state and 'numpy' in sys.modules:
         sys.modules['numpy'].random.set_state(state['numpy'])
+
+def is_plain(o):
+    """Whether a file can hold `o` and be read again without running code."""
+    if type(o) in (list, tuple):
+        return all(map(is_plain, o))
+    if type(o) in (dict, OrderedDict):
+        return all(is_plain(k) and is_plain(v) for k, v in o.items())
+    return o is None or type(o) in (bool, int, float, str, torch.Tensor, nn.Parameter)
 
 def trainable_params(model):
     """The parameters of `model` that require a gradient: a list, hence one group."""
@@ -888,6 +900,10 @@ def check_handler(name, value):
     if re.match('(before|after|begin)_', name) and callable(value):
         check_event(name)
 
+def has_state(o):
+    """Whether `o` is an object, such as a module, whose `state_dict` can be saved."""
+    return hasattr(o, 'state_dict') and not isinstance(o, type)
+
 class Callback:
     """Base class: define methods named after events; they take only `self`.
 
@@ -928,6 +944,21 @@ class Callback:
     def defines(self, name):
         """Whether the callback itself, not its learner, has the attribute `name`."""
         return name in self.__dict__ or hasattr(type(self), name)
+
+    def state_dict(self):
+        """What a checkpoint keeps: attributes that are numbers, strings, tensors, lists
+        or dicts of them; and the states of attributes that have a `state_dict`.
+        """
+        return {k: v.state_dict() if has_state(v) else v for k, v in vars(self).items()
+                if k != 'learn' and (has_state(v) or is_plain(v))}
+
+    def load_state_dict(self, state):
+        """Take over what `state_dict` gave."""
+        for k, v in state.items():
+            if has_state(vars(self).get(k)):
+                vars(self)[k].load_state_dict(v)
+            else:
+                vars(self)[k] = v
 
     def __getattr__(self, k):
         # Python asks here only for what it found nowhere else
@@ -1062,20 +1093,20 @@ class Learner:
         ok = hasattr(n_epoch, '__index__') and 0 <= start_epoch <= n_epoch
         check(ok, f"n_epoch={n_epoch}, start_epoch={start_epoch}: give whole numbers, "
                   "0 <= start_epoch <= n_epoch")
-        epochs, wd = range(start_epoch, n_epoch), self.wd if wd is None else wd
+        wd = self.wd if wd is None else wd
         with self.added_cbs(cbs):
             opt = self.ensure_opt(reset_opt)
             opt.set_hyper('lr', self.lr if lr is None else lr)
             if wd is not None:
                 opt.set_hyper('wd', wd)
-            self.n_epoch = n_epoch
+            self.start_epoch, self.n_epoch = start_epoch, n_epoch
             try:
-                self._stage('fit', lambda: self._all_epochs(epochs), CancelFitException)
+                self._stage('fit', self._all_epochs, CancelFitException)
             finally:
                 self._end_fit()
 
-    def _all_epochs(self, epochs):
-        for self.epoch in epochs:
+    def _all_epochs(self):
+        for self.epoch in range(self.start_epoch, self.n_epoch):
             self._stage('epoch', self._one_epoch, CancelEpochException)
 
     def _one_epoch(self):
@@ -1645,6 +1676,22 @@ class Recorder(Callback):
         in_table = self.logger is print and 'progress' in vars(self.learn)
         (self.progress.write_row if in_table else self.logger)(self.log)
 
+    def state_dict(self):
+        """The history so far; the losses as one tensor."""
+        losses = torch.stack(self.losses) if self.losses else torch.empty(0)
+        return {'lrs': self.lrs, 'iters': self.iters, 'values': self.values,
+                'losses': losses, 'smooth': [self.smooth.total, self.smooth.count]}
+
+    def load_state_dict(self, state):
+        """Go on with the history that `state_dict` gave."""
+        state = to_device(state, self.dls.device)
+        self.lrs, self.iters, self.values = (state[k] for k in
+                                             ('lrs', 'iters', 'values'))
+        self.losses = list(state['losses'])
+        self.smooth.total, self.smooth.count = state['smooth']
+        self.learn.smooth_loss = self.smooth.value
+        self.learn.final_record = self.values[-1] if self.values else None
+
     def plot_loss(self, skip_start=5, with_valid=True, log=False, show_epochs=False,
                   ax=None):
         """Draw the smoothed training loss from batch `skip_start` on; returns the axes.
@@ -1733,6 +1780,10 @@ class ProgressCallback(Callback):
 
     def after_fit(self):
         self.draw('')
+
+    def state_dict(self):
+        """Nothing: where it prints, and what, is not for a checkpoint."""
+        return {}
 
     def bar_text(self, seconds):
         done, total, loss = self.iter + 1, self.n_iter, self.learn.smooth_loss
@@ -2264,6 +2315,10 @@ def bare_state(model):
     """State dict of `model` under the keys that it has if no part is wrapped."""
     return {bare_key(k): v for k, v in bare_model(model).state_dict().items()}
 
+def module_state(o):
+    """State dict of `o`; empty if it is no module but, say, a function."""
+    return o.state_dict() if isinstance(o, nn.Module) else {}
+
 def bare_key(k):
     """A key of a state dict without the marks of compiled parts."""
     return k.replace('_orig_mod.', '')
@@ -2326,7 +2381,11 @@ def load_model(file, model, opt, with_opt=None, device=None, strict=True):
     damaged or does not fit. Then nothing has changed.
     """
     state = load_state(file, device or 'cpu')
-    both = isinstance(state, dict) and state.keys() == {'model', 'opt'}
+    put_weights(file, state, model, opt, with_opt, strict)
+
+def put_weights(file, state, model, opt, with_opt=None, strict=True):
+    """Load `state`, which was read from `file`, into `model` and `opt`, or raise."""
+    both = isinstance(state, dict) and state.keys() >= {'model', 'opt'}
     weights, opt_state = (state['model'], state['opt']) if both else (state, None)
     ok = isinstance(weights, dict) and all(isinstance(k, str) for k in weights)
     check(ok, f"{file} holds no model: {type(weights).__name__}")
@@ -2511,6 +2570,108 @@ class SaveModelCallback(TrackerCallback):
             self.learn.save(self.fname, self.with_opt)
         elif self.saved:
             self.learn.load(self.fname, with_opt=self.with_opt)
+
+class CheckpointCallback(Callback):
+    """Saves a training after its epochs; if the file is there, a fit goes on from it.
+
+    fname: see `Learner.save`; `Learner.load` reads the weights of such a file, too.
+    every: save after each `every`-th epoch, and after the last.
+    resume: False begins anew, and replaces the file.
+    Kept are model, loss function, optimizer, what callbacks keep (see their
+    `state_dict`), and random numbers, also of torch loaders: killed at any time and
+    started again by the same command, a training on the CPU ends with the same bits. Of
+    several fits with the same object, as in `fine_tune`, finished ones are passed over.
+    Raises: ValueError, before anything changes, for a file of another training.
+    """
+    order = math.inf    # last: so it saves what the others have done
+
+    def __init__(self, fname, every=1, resume=True):
+        is_path = isinstance(fname, (str, Path))
+        check(is_path, f"fname={fname!r}: give the path of a file", TypeError)
+        check(every >= 1, f"every={every}: give 1 epoch or more")
+        self.fname, self.every, self.resume, self.n_fits = fname, every, resume, 0
+
+    def before_fit(self):
+        self.run = 'lr_finder' not in vars(self.learn)    # which is no training
+        self.ended = False
+        self.file = Path(self.learn.model_file(self.fname))
+        if self.run and self.resume and self.file.exists():
+            self.load_training(load_state(self.file))
+
+    def after_epoch(self):
+        n_done = self.epoch + 1
+        if self.completed and (n_done % self.every == 0 or n_done == self.n_epoch):
+            for left in self.file.parent.glob(f'{self.file.name}.*.tmp'):
+                left.unlink()    # of a process that was killed while it saved
+            save_state(self.training_state(n_done), self.file)
+
+    def after_cancel_fit(self):
+        self.ended = True
+
+    def after_fit(self):
+        self.n_fits += self.ended or self.completed    # not if it was interrupted
+
+    def state_dict(self):
+        """Nothing: n_fits is in the file already."""
+        return {}
+
+    def plan(self):
+        """What has to be the same for a fit to go on where another one stopped."""
+        cbs = [cb.name for cb in self.learn.cbs]
+        titles = self.recorder.metric_names if 'recorder' in cbs else []
+        return {'n_epoch': self.n_epoch, 'n_iter': loader_len(self.dls.train),
+                'cbs': cbs, 'metric_names': titles}
+
+    def generators(self):
+        return [g for dl in self.dls.loaders for g in generators_of(dl)]
+
+    def training_state(self, n_done):
+        learn = self.learn
+        state = {'model': bare_state(learn.model), 'opt': learn.opt.state_dict(),
+                 'loss_func': module_state(learn.loss_func),
+                 'requires_grad': [p.requires_grad for p in learn.model.parameters()],
+                 'generators': [g.get_state() for g in self.generators()],
+                 'cbs': [cb.state_dict() for cb in learn.cbs], 'plan': self.plan(),
+                 'n_fits': self.n_fits, 'n_done': n_done, 'iter': learn.train_iter,
+                 'rng': rng_state()}
+        for k, v in [*state.items(), *zip(learn.cbs, state['cbs'])]:
+            check(is_plain(v), f"the state of {k} holds more than numbers, strings and "
+                  "tensors: give it a state_dict and a load_state_dict", TypeError)
+        return state
+
+    def load_training(self, state):
+        ok = isinstance(state, dict) and 'n_fits' in state
+        check(ok, f"{self.file} is no checkpoint: delete it, or take another name")
+        if state['n_fits'] > self.n_fits:
+            self.learn.start_epoch = self.n_epoch    # this fit was finished before
+        if state['n_fits'] == self.n_fits:
+            self.check_same_training(state)
+            self.go_on_from(state)
+
+    def check_same_training(self, state):
+        wrong = [f"{k} {state['plan'][k]}, here {v}" for k, v in self.plan().items()
+                 if state['plan'][k] != v]
+        check(not wrong, f"{self.file} is of another training: {'; '.join(wrong)}. "
+              "resume=False replaces it; or give learn.load this file, and fit without "
+              f"it from start_epoch={state['n_done']}")
+        own = module_state(self.learn.loss_func)
+        check_weights(self.file, state['loss_func'], own, strict=True)
+        if state['n_done'] == self.n_epoch:
+            warnings.warn(f"{self.file} holds a complete training: nothing to do")
+
+    def go_on_from(self, state):
+        learn = self.learn
+        put_weights(self.file, state, learn.model, learn.opt)
+        if state['loss_func']:
+            learn.loss_func.load_state_dict(state['loss_func'])
+        for p, requires_grad in zip(learn.model.parameters(), state['requires_grad']):
+            p.requires_grad_(requires_grad)
+        for cb, cb_state in zip(learn.cbs, state['cbs']):
+            cb.load_state_dict(cb_state)
+        for generator, generator_state in zip(self.generators(), state['generators']):
+            generator.set_state(generator_state)
+        learn.start_epoch, learn.train_iter = state['n_done'], state['iter']
+        set_rng_state(state['rng'])
 
 class GradientClip(Callback):
     """Scales all gradients down together if their norm exceeds `max_norm`."""

@@ -2963,6 +2963,123 @@ def test_export_names_what_cannot_be_pickled(tmp_path):
         learn.export()
 
 
+KILLED = """
+import mmap, os, random, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+import torch, minilearner as ml
+from torch import nn
+folder, n_kills, seed = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+moment = mmap.mmap(-1, 1)               # shared with the children: where the training is
+
+class Moments(ml.Callback):
+    "Says where the training is, and takes its time in a batch, so that it can be hit there."
+    order = 99
+    def before_batch(self):
+        moment[0] = 1
+        time.sleep(0.001)
+    def after_batch(self): moment[0] = 0
+    def state_dict(self): return {}
+
+class Scaler(ml.Callback):
+    "A gradient scaler that grows every third step."
+    def __init__(self):
+        self.scaler = torch.amp.GradScaler('cpu', init_scale=4., growth_interval=3)
+    def before_backward(self): self.learn.loss = self.scaler.scale(self.loss)
+    def before_step(self): self.scaler.unscale_(self.opt)
+    def after_step(self): self.scaler.update()
+
+write = ml.save_state
+def save_state(*args):
+    moment[0] = 2
+    write(*args)
+    moment[0] = 3
+ml.save_state = save_state
+
+def train(name):
+    torch.set_num_threads(1)
+    ml.set_seed(seed)
+    x = torch.randn(192, 10)
+    y = (x[:, 0] > 0).long() + (x[:, 1] > 0)
+    data = torch.utils.data.TensorDataset(x[:128], y[:128])
+    train = torch.utils.data.DataLoader(data, 16, shuffle=True, generator=torch.Generator())
+    dls = ml.DataLoaders(train, ml.TensorLoader(x[128:], y[128:], bs=24), device='cpu')
+    model = nn.Sequential(nn.Linear(10, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(), nn.Linear(16, 3))
+    cbs = [ml.EarlyStoppingCallback('accuracy', patience=9), ml.SaveModelCallback(fname=name + '-best'),
+           Scaler(), ml.GradientClip(0.5), Moments(), ml.CheckpointCallback(name)]
+    learn = ml.Learner(dls, model, nn.CrossEntropyLoss(), metrics=ml.accuracy, path=folder)
+    learn.logger = lambda row: None
+    learn.fit_one_cycle(24, 0.05, cbs=cbs)
+    r = learn.recorder
+    torch.save([ml.bare_state(model), learn.opt.state_dict(), r.values, r.lrs, torch.stack(r.losses), r.iters,
+                r.hps, learn.train_iter, cbs[0].best, cbs[2].scaler.state_dict(), ml.rng_state(),
+                ml.validate(learn)], os.path.join(folder, name + '-result'))
+
+def start(name):
+    child = os.fork()
+    if child:
+        return child
+    try:
+        train(name)
+    except BaseException as e:
+        print(repr(e), e.__notes__, flush=True)
+        os._exit(1)
+    os._exit(0)
+
+def load(name):
+    return torch.load(os.path.join(folder, name), weights_only=True)
+
+_, status = os.waitpid(start('whole'), 0)
+assert status == 0
+hits, rng = [0, 0, 0, 0], random.Random(seed)
+while sum(hits) < n_kills:
+    if os.path.exists(os.path.join(folder, 'killed-result')):
+        os.remove(os.path.join(folder, 'killed-result'))
+        os.remove(os.path.join(folder, 'models', 'killed.pth'))
+    child, wanted, killed = start('killed'), rng.randrange(4), False
+    time.sleep(rng.random() * 0.2)
+    while not killed and os.waitpid(child, os.WNOHANG) == (0, 0):
+        if moment[0] == wanted:
+            time.sleep(rng.random() * 0.001)
+            hits[moment[0]] += 1
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            killed = True
+    if os.path.exists(os.path.join(folder, 'models', 'killed.pth')):
+        load('models/killed.pth')       # it can always be read
+_, status = os.waitpid(start('killed'), 0)
+assert status == 0
+print('killed between batches, in one, in a save, after one:', hits)
+print(len(load('whole-result')[2]), 'epochs; files:', sorted(os.listdir(os.path.join(folder, 'models'))))
+torch.save([load('whole-result'), load('killed-result')], os.path.join(folder, 'both'))
+"""
+
+
+def equal(a, b):
+    """Whether two nested results agree to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason="kills forked processes")
+def test_a_training_that_was_killed_anywhere_ends_with_the_same_bits(tmp_path):
+    # on demand: KILLS=30 python -m pytest -k killed_anywhere -s
+    n_kills = os.environ.get('KILLS', '6')
+    done = subprocess.run([sys.executable, '-c', KILLED, str(HERE), str(tmp_path), n_kills, '0'],
+                          capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    whole, killed = torch.load(tmp_path / 'both', weights_only=True)
+    names = ['model', 'optimizer', 'values', 'lrs', 'losses', 'iters', 'hps', 'train_iter', 'best', 'scaler',
+             'random numbers', 'validate']
+    differ = [name for name, a, b in zip(names, whole, killed) if not equal(a, b)]
+    assert not differ, f"resumed and uninterrupted training differ in {differ}"
+
+
 # =============================================================================================
 lesson("Demo", "small_cnn demo draw_demo", hint="run it: python minilearner.py", read="section 14")
 
