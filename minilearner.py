@@ -2359,16 +2359,14 @@ def load_state(file, device='cpu', weights_only=True):
     weights_only: run no code of the file; then it holds tensors and plain containers.
     Raises: OSError; ValueError, naming the file, for a damaged or foreign one.
     """
-    try:
-        with nullcontext(file) if hasattr(file, 'read') else open(file, 'rb') as f:
+    with nullcontext(file) if hasattr(file, 'read') else open(file, 'rb') as f:
+        try:
             start, broken = f.tell(), zipfile.ZipFile(f).testzip()
             check(broken is None, f"wrong checksum in {broken}")
             f.seek(start)
             return torch.load(f, map_location=device, weights_only=weights_only)
-    except OSError:
-        raise
-    except Exception as e:
-        raise ValueError(f"cannot load {file} (should be torch.save's): {e!r}") from e
+        except Exception as e:
+            raise ValueError(f"cannot load {file} (is it torch.save's?): {e!r}") from e
 
 def load_model(file, model, opt, with_opt=None, device=None, strict=True):
     """Load what `save_model` wrote into `model` and `opt`, wherever these live.
@@ -2634,7 +2632,7 @@ class CheckpointCallback(Callback):
                  'cbs': [cb.state_dict() for cb in learn.cbs], 'plan': self.plan(),
                  'n_fits': self.n_fits, 'n_done': n_done, 'iter': learn.train_iter,
                  'rng': rng_state()}
-        for k, v in [*state.items(), *zip(learn.cbs, state['cbs'])]:
+        for k, v in [*zip(learn.cbs, state['cbs']), *state.items()]:
             check(is_plain(v), f"the state of {k} holds more than numbers, strings and "
                   "tensors: give it a state_dict and a load_state_dict", TypeError)
         return state

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import types
 import warnings
+import weakref
 from pathlib import Path
 
 os.environ.setdefault('MPLBACKEND', 'Agg')      # draw without a screen
@@ -37,6 +38,7 @@ sys.path.insert(0, str(HERE))       # the minilearner.py beside this file, where
 
 import minilearner as ml
 
+torch.set_num_threads(1)            # for small tensors, one is the fastest
 SOURCE = (HERE / 'minilearner.py').read_text(encoding='utf-8')
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -3080,6 +3082,195 @@ def test_a_training_that_was_killed_anywhere_ends_with_the_same_bits(tmp_path):
     assert not differ, f"resumed and uninterrupted training differ in {differ}"
 
 
+class KeepsState(ml.Callback):
+    """Has attributes of every kind."""
+
+    def __init__(self):
+        self.n, self.text, self.tensor, self.nested = 0, 'a', torch.zeros(2), {'k': [1, (2., None)]}
+        self.module, self.function, self.kind = nn.Linear(1, 1), lambda: 0, nn.Linear
+
+    def before_epoch(self): self.n += 1
+
+
+def test_callbacks_say_what_a_checkpoint_keeps():
+    cb = KeepsState()
+    learn = line_learner(cbs=cb)
+    state = copy.deepcopy(cb.state_dict())
+    assert state.keys() == {'n', 'text', 'tensor', 'nested', 'module'}, "what a file can hold"
+    learn.fit(2)
+    nn.init.constant_(cb.module.weight, 7)
+    cb.load_state_dict(state)
+    assert cb.n == 0 and torch.equal(cb.module.weight, state['module']['weight']), "the module stays, with its state"
+    assert learn.progress.state_dict() == {}, "where a table is printed may change"
+
+
+def checkpointed(tmp_path, n_epoch=3, stop=None, cbs=None, fit='fit', **kwargs):
+    """A learner that has trained with a checkpoint, and was stopped in epoch `stop`."""
+    def before_validate(self):
+        if self.epoch == stop: raise KeyboardInterrupt
+    learn = line_learner(path=tmp_path, opt_func=functools.partial(ml.SGD, mom=0.9))
+    checkpoint = ml.CheckpointCallback('run', **kwargs)
+    with contextlib.suppress(KeyboardInterrupt):
+        getattr(learn, fit)(n_epoch, cbs=[ml.Callback(before_validate=before_validate), checkpoint, *ml.listify(cbs)])
+    return learn
+
+
+def test_a_checkpoint_is_a_file_of_weights_too(tmp_path):
+    learn = checkpointed(tmp_path)
+    state = torch.load(tmp_path / 'models' / 'run.pth', weights_only=True)
+    assert equal(state['model'], dict(learn.model.state_dict())), "stock torch.load opens it"
+    other = line_learner(path=tmp_path, opt_func=functools.partial(ml.SGD, mom=0.9)).load('run')
+    assert same(weights(other.model), weights(learn.model))
+
+
+@pytest.mark.parametrize('every, stop, first', [(1, 2, 2), (2, 3, 2), (2, 1, 0), (3, 4, 3)])
+def test_every_says_after_which_epochs_to_save(tmp_path, every, stop, first):
+    checkpointed(tmp_path, 5, stop, every=every)
+    assert (tmp_path / 'models' / 'run.pth').exists() == (first > 0), "nothing is kept of a part of an epoch"
+    learn = checkpointed(tmp_path, 5, every=every)
+    assert len(learn.recorder.values) == 5, "the history has the epochs from before"
+    whole = line_learner(opt_func=functools.partial(ml.SGD, mom=0.9))
+    whole.fit(5)
+    assert learn.recorder.values == whole.recorder.values and same(weights(learn.model), weights(whole.model))
+    assert equal(learn.opt.state_dict(), whole.opt.state_dict())
+    assert torch.load(tmp_path / 'models' / 'run.pth', weights_only=True)['n_done'] == 5, "the last one is saved"
+
+
+def test_resume_false_begins_anew(tmp_path):
+    checkpointed(tmp_path, stop=2)
+    learn = checkpointed(tmp_path, resume=False)
+    assert len(learn.recorder.values) == 3 and learn.train_iter == 12
+    fresh = line_learner(opt_func=functools.partial(ml.SGD, mom=0.9))
+    fresh.fit(3)
+    assert same(weights(learn.model), weights(fresh.model))
+
+
+def test_a_complete_training_says_that_nothing_is_left(tmp_path):
+    done = checkpointed(tmp_path)
+    with pytest.warns(UserWarning, match='complete'):
+        again = checkpointed(tmp_path)
+    assert same(weights(done.model), weights(again.model)) and again.recorder.values == done.recorder.values
+    assert again.final_record == done.final_record and float(again.smooth_loss) == float(done.smooth_loss)
+
+
+def test_the_file_of_another_training_is_refused_before_anything_changes(tmp_path):
+    checkpointed(tmp_path, 4, stop=2)
+    file = tmp_path / 'models' / 'run.pth'
+    dls = line_dls(n_train=80)
+    for match, make, n in [('n_epoch 4, here 5', line_learner, 5),
+                           ('n_iter 4, here 5', lambda **kw: line_learner(dls, **kw), 4),
+                           ('cbs .*callback', line_learner, 4),
+                           ('metric_names', lambda **kw: line_learner(metrics=F.l1_loss, **kw), 4)]:
+        learn = make(path=tmp_path)
+        before = weights(learn.model)
+        with pytest.raises(ValueError, match=match) as info:
+            learn.fit(n, cbs=ml.CheckpointCallback('run'))
+        assert str(file) in str(info.value) and 'start_epoch=2' in str(info.value), "it says what to do instead"
+        assert same(weights(learn.model), before)
+    learn.save('run')
+    with pytest.raises(ValueError, match='is no checkpoint'):
+        learn.fit(4, cbs=ml.CheckpointCallback('run'))
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=re.escape(str(file))):
+        learn.fit(4, cbs=ml.CheckpointCallback('run'))
+    for bad in (dict(fname=3), dict(fname='run', every=0)):
+        with pytest.raises((TypeError, ValueError), match=next(reversed(bad))):
+            ml.CheckpointCallback(**bad)
+
+
+def test_the_checkpoint_of_a_loss_with_weights_comes_back(tmp_path):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer('seen', torch.zeros(()))
+        def forward(self, pred, y):
+            if torch.is_grad_enabled(): self.seen += 1
+            return F.mse_loss(pred, y) * (1 + self.seen / 10)
+    def run(stop):
+        def before_validate(self):
+            if self.epoch == stop: raise KeyboardInterrupt
+        learn = line_learner(loss_func=Scaled(), path=tmp_path)
+        with contextlib.suppress(KeyboardInterrupt):
+            learn.fit(3, cbs=[ml.Callback(before_validate=before_validate), ml.CheckpointCallback('run')])
+        return learn
+    whole = run(None)
+    (tmp_path / 'models' / 'run.pth').unlink()
+    run(1)
+    learn = run(None)
+    assert same(weights(learn.model), weights(whole.model)) and learn.loss_func.seen == whole.loss_func.seen == 12
+
+
+@pytest.mark.filterwarnings('ignore:.*complete')
+def test_fine_tune_passes_over_the_part_that_was_done(tmp_path):
+    def run(stop):
+        n_batches = [0]
+        def after_batch(self):
+            n_batches[0] += self.training
+            if n_batches[0] == stop: raise KeyboardInterrupt
+        split = lambda m: [[m.a], [m.b]]
+        learn = line_learner(path=tmp_path, splitter=split, cbs=ml.Callback(after_batch=after_batch))
+        with contextlib.suppress(KeyboardInterrupt):
+            learn.fine_tune(2, 0.1, freeze_epochs=2, cbs=ml.CheckpointCallback('run'))
+        return learn, n_batches[0]
+    whole, n = run(None)
+    assert n == 16
+    for stop in (3, 6, 10, 14):
+        (tmp_path / 'models' / 'run.pth').unlink()
+        run(stop)
+        learn, n = run(None)
+        assert n == 16 - (stop // 4) * 4, f"stopped at batch {stop}, it repeats only the epoch that was not done"
+        assert same(weights(learn.model), weights(whole.model)) and learn.recorder.values == whole.recorder.values
+
+
+def test_the_same_callback_goes_on_after_ctrl_c_and_begins_a_second_fit_anew(tmp_path):
+    learn = line_learner(path=tmp_path, cbs=[ml.CheckpointCallback('run')])
+    def ctrl_c(self):
+        if self.epoch == 2 and not done: raise KeyboardInterrupt(done.append(1))
+    done = []
+    learn.add_cb(ml.Callback(before_validate=ctrl_c))
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(4)
+    learn.fit(4)
+    assert learn.train_iter == 16 and len(learn.recorder.values) == 4, "interrupted: it goes on"
+    before = weights(learn.model)
+    learn.fit(4)
+    assert not same(weights(learn.model), before), "a fit that has ended is not one to go on with"
+
+
+def test_a_checkpoint_rests_while_lr_find_looks(tmp_path):
+    learn = line_learner(path=tmp_path, cbs=ml.CheckpointCallback('run'))
+    learn.lr_find(num_it=8, show_plot=False)
+    assert not (tmp_path / 'models').exists()
+    learn.fit(1)
+    assert (tmp_path / 'models' / 'run.pth').exists()
+
+
+def test_what_a_checkpoint_cannot_keep_is_named(tmp_path):
+    class Odd(ml.Callback):
+        def state_dict(self): return {'a': object()}
+    with pytest.raises(TypeError, match='state of Odd'):
+        line_learner(path=tmp_path).fit(1, cbs=[Odd(), ml.CheckpointCallback('run')])
+    assert not (tmp_path / 'models').exists()
+
+
+def test_groups_that_a_callback_has_thawed_are_so_after_a_resume(tmp_path):
+    def run(stop):
+        def before_epoch(self):
+            if self.epoch == 1: self.learn.unfreeze()
+            if self.epoch == stop: raise KeyboardInterrupt
+        learn = line_learner(path=tmp_path, splitter=lambda m: [[m.a], [m.b]])
+        learn.freeze()
+        with contextlib.suppress(KeyboardInterrupt):
+            learn.fit(4, cbs=[ml.Callback(before_epoch=before_epoch), ml.CheckpointCallback('run')])
+        return learn
+    whole = run(None)
+    (tmp_path / 'models' / 'run.pth').unlink()
+    run(3)
+    learn = run(None)
+    assert all(p.requires_grad for p in learn.model.parameters())
+    assert same(weights(learn.model), weights(whole.model))
+
+
 # =============================================================================================
 lesson("Demo", "small_cnn demo draw_demo", hint="run it: python minilearner.py", read="section 14")
 
@@ -3272,6 +3463,260 @@ def test_document_chapter_16_trains_with_every_optimizer():
         assert 'lr' in learn.recorder.hps
     learn.recorder.plot_sched()
     __import__('matplotlib.pyplot').pyplot.close('all')
+
+
+# =============================================================================================
+lesson("Trust", "", hint="what it promises holds when things go wrong", read="README")
+
+
+def trust_learner(model=None, **kwargs):
+    """Batch norm, dropout and momentum: whatever is not put back will show."""
+    ml.set_seed(0)
+    data = class_batches(3)
+    dls = ml.DataLoaders(data[:2], data[2:], device='cpu')
+    learn = ml.Learner(dls, model or nn.Sequential(small_net(), nn.Dropout(0.2)), nn.CrossEntropyLoss(),
+                       functools.partial(ml.SGD, mom=0.9), metrics=ml.accuracy, **{'lr': 0.1, **kwargs})
+    learn.logger = lambda row: None
+    return learn
+
+
+WAYS_IN = {'fit': lambda learn: learn.fit(1), 'fit_one_cycle': lambda learn: learn.fit_one_cycle(1),
+           'lr_find': lambda learn: learn.lr_find(num_it=4, show_plot=False),
+           'validate': lambda learn: learn.validate(), 'get_preds': lambda learn: learn.get_preds(with_loss=True)}
+
+
+class WatchGraph(ml.Callback):
+    """Remembers, without keeping them, the predictions and losses, which hold the graph."""
+
+    order = -99
+
+    def __init__(self):
+        self.refs = []
+
+    def after_pred(self): self.refs.append(weakref.ref(self.pred))
+
+    def after_loss(self): self.refs.append(weakref.ref(self.loss))
+
+    def alive(self):
+        return [ref() for ref in self.refs if ref() is not None and ref().grad_fn is not None]
+
+
+@pytest.mark.parametrize('event, training', PLACES)
+@pytest.mark.parametrize('way', WAYS_IN)
+def test_whatever_interrupts_anything_anywhere_leaves_a_learner_as_good_as_new(way, event, training):
+    for make_error in KINDS.values():
+        learn, watch, raiser = trust_learner(), WatchGraph(), RaiseAt(event, make_error('on purpose'), training)
+        learn.add_cbs([watch, raiser])
+        before = list(learn.cbs), learn.loss_func, learn.model.training, weights(learn.model)
+        try:
+            WAYS_IN[way](learn)
+        except BaseException as e:
+            known = e is raiser.error
+            assert known or way == 'lr_find' and 'never a number' in str(e), "an error keeps its identity"
+            assert not known or f'raised by the callback RaiseAt in {event}' in e.__notes__
+            e.__traceback__ = None
+        what = f"{make_error.__name__} at {event} in {way}"
+        assert learn.cbs == before[0] and all(cb.learn is learn for cb in learn.cbs), what
+        assert learn.loss_func is before[1] and learn.loss_func.reduction == 'mean', what
+        assert torch.is_grad_enabled() and not torch.is_autocast_enabled() and not watch.alive(), what
+        assert learn.dl is None and learn.xb == (None,) and not learn.training, what
+        assert all(p.grad is None for p in learn.model.parameters()), what
+        if not way.startswith('fit'):
+            assert same(weights(learn.model), before[3]), what
+        if way in ('validate', 'get_preds'):
+            assert learn.model.training == before[2], what
+        learn.remove_cbs([watch, raiser])
+        fresh = trust_learner(copy.deepcopy(learn.model))
+        fresh.ensure_opt().load_state_dict(learn.ensure_opt().state_dict())
+        for o in (learn, fresh):
+            torch.manual_seed(1)
+            o.fit(1)
+        assert same(weights(learn.model), weights(fresh.model)), what
+        assert learn.recorder.values == fresh.recorder.values, what
+
+
+def corrupted(data, other, rng):
+    """More than 200 ways to spoil the bytes of a checkpoint: (what was done, the bytes)."""
+    heads = [m.start() for m in re.finditer(b'PK', data)]
+    cuts = [0, 1, 4, len(data) - 1, len(data) - 22, *rng.sample(range(len(data)), 45), *heads[:10], *heads[-10:]]
+    yield from ((f'cut at {n}', data[:n]) for n in cuts)
+    for i in rng.sample(range(len(data)), 130):
+        yield f'bit flipped in byte {i}', data[:i] + bytes([data[i] ^ 1 << rng.randrange(8)]) + data[i + 1:]
+    for n in (1, 10, 100, 1000):
+        i = rng.randrange(len(data) - n)
+        yield f'{n} zeros at {i}', data[:i] + bytes(n) + data[i + n:]
+        yield f'{n} bytes missing at {i}', data[:i] + data[i + n:]
+        yield f'{n} bytes too many at {i}', data[:i] + os.urandom(n) + data[i:]
+        yield f'{n} bytes of noise', os.urandom(n)
+    yield from ((f'foreign: {k}', b) for k, b in other.items())
+
+
+def foreign_files(folder):
+    """What else may lie under that name: of another model, another library, an attacker."""
+    class Evil:
+        def __reduce__(self): return os.mkdir, (str(folder / 'was-here'),)
+    evil = Evil()
+    objects = {'another model': small_net().state_dict(), 'one key less': {'a': torch.ones(())},
+               'a list': [1, 2], 'a number': 3, 'a whole module': Line(), 'code': evil, 'code inside': {'a': evil},
+               'code in an optimizer': {'model': Line().state_dict(), 'opt': evil},
+               'Lightning': {'state_dict': Line().state_dict(), 'epoch': 3, 'pytorch-lightning_version': '2'},
+               'a torch optimizer': {'model': Line().state_dict(), 'opt': torch.optim.AdamW([torch.ones(1)]).state_dict()},
+               'no model': {'model': None, 'opt': None}, 'text for a tensor': {'a': 'x', 'b': 'y'},
+               'complex weights': {'a': torch.ones(2, 2), 'b': torch.ones(3)}, 'nothing': {}}
+    for name, o in objects.items():
+        file = io.BytesIO()
+        torch.save(o, file)
+        yield name, file.getvalue()
+    legacy = io.BytesIO()
+    torch.save(evil, legacy, _use_new_zipfile_serialization=False)
+    yield 'code, old format', legacy.getvalue()
+    yield 'pickle', pickle.dumps(evil)
+    yield 'PNG', b'\x89PNG\r\n\x1a\n' + bytes(100)
+    yield 'HTML', b'<!doctype html><title>404</title>'
+    yield 'empty zip', b'PK\x05\x06' + bytes(18)
+
+
+def test_200_spoilt_files_run_no_code_and_change_nothing(tmp_path):
+    learn = trust_learner(nn.Sequential(nn.Linear(10, 300), nn.ReLU(), nn.Linear(300, 3)), path=tmp_path)
+    learn.fit(1)
+    file = learn.save('file')
+    data, saved = file.read_bytes(), (weights(learn.model), copy.deepcopy(learn.opt.state_dict()))
+    learn.fit(1)
+    now = weights(learn.model), copy.deepcopy(learn.opt.state_dict())
+    n, refused = 0, 0
+    for n, (what, spoilt) in enumerate(corrupted(data, dict(foreign_files(tmp_path)), random.Random(0)), 1):
+        file.write_bytes(spoilt)
+        try:
+            learn.load('file')
+            # some bytes, such as dates and padding, mean nothing: then all is there
+            assert same(weights(learn.model), saved[0]) and equal(learn.opt.state_dict(), saved[1]), what
+            learn.model.load_state_dict(dict(zip(learn.model.state_dict(), now[0])))
+            learn.opt.load_state_dict(now[1])
+            assert 'flipped' in what or 'zeros' in what or 'too many' in what, what
+        except ValueError as e:
+            refused += 1
+            assert str(file) in str(e), f"{what}: the error names the file"
+        assert same(weights(learn.model), now[0]) and equal(learn.opt.state_dict(), now[1]), what
+        assert not (tmp_path / 'was-here').exists(), f"{what}: code of the file was run"
+    print(f'{refused} of {n} files were refused; in the others the harm was in no data')
+    assert refused >= 200
+
+
+FULL_DISK = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import torch, minilearner as ml
+model = torch.nn.Linear(100, 100)
+file = sys.argv[2]
+ml.save_model(file, model, None)
+before = open(file, 'rb').read()
+with torch.no_grad():
+    model.weight.add_(1)
+if sys.argv[3] == 'full':
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2,) * 2)
+else:
+    import os
+    os.chmod(os.path.dirname(file), 0o555)
+    if os.getuid() == 0:
+        os.setuid(65534)        # root may write anywhere
+for save in (lambda: ml.save_model(file, model, None), lambda: ml.save_state({'a': torch.ones(50000)}, file)):
+    try:
+        save()
+        raise SystemExit('it could be saved')
+    except (OSError, RuntimeError) as e:
+        print(repr(e))
+    assert open(file, 'rb').read() == before, 'the previous file has changed'
+assert os.listdir(os.path.dirname(file)) == [os.path.basename(file)] if 'os' in globals() else True
+ml.load_model(file, model, None)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason="limits of Unix")
+@pytest.mark.parametrize('how', ['full', 'read-only'])
+def test_a_full_disk_or_a_read_only_folder_leave_the_previous_file(tmp_path, how):
+    folder = tmp_path / 'models'
+    folder.mkdir()
+    for parent in (tmp_path, *tmp_path.parents[:2]):
+        if parent.stat().st_uid == os.getuid():
+            parent.chmod(0o755)      # for the user that the process becomes
+    done = subprocess.run([sys.executable, '-c', FULL_DISK, str(HERE), str(folder / 'file.pth'), how],
+                          capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count('Error') == 2, "the error is raised, not swallowed"
+
+
+class Look(ml.Callback):
+    """Looks at the training in the way `how`, after each loss and each epoch."""
+
+    def __init__(self, how):
+        self.how = how
+
+    def after_loss(self):
+        if self.training: self.look()
+
+    def after_epoch(self): self.look()
+
+    def look(self):
+        learn = self.learn
+        {'predictions': lambda: learn.get_preds(with_loss=True), 'validate': learn.validate, 'saving': lambda: learn.save('here'),
+         'results': learn.show_results, 'export': learn.export, 'plots': lambda: learn.recorder.plot_loss(skip_start=0),
+         'prediction': lambda: learn.predict(torch.ones(10))}[self.how]()
+        if self.how in ('plots', 'results'):
+            __import__('matplotlib.pyplot').pyplot.close('all')
+
+
+def neutral_run(how, path):
+    """Weights, and random numbers drawn at the end, of a training that is watched in the way `how`."""
+    ml.set_seed(0)
+    x = torch.randn(48, 10)
+    dls = ml.DataLoaders.from_tensors(x, (x[:, 0] > 0).long(), bs=8, seed=0, device='cpu', vocab='abc')
+    cbs = {'bare': [], 'recorder': [ml.Recorder], 'progress': ml.defaults.callbacks[1:], 'checkpoint': [ml.CheckpointCallback('run')]}
+    learn = ml.Learner(dls, nn.Sequential(small_net(), nn.Dropout(0.2)), nn.CrossEntropyLoss(), path=path,
+                       default_cbs=False, metrics=[ml.accuracy, ml.AvgSmoothLoss()],
+                       cbs=[ml.TrainEvalCallback, *cbs.get(how, [*cbs['progress'], Look(how)])])
+    if how == 'lr_find':
+        learn.remove_cb(Look)
+        learn.lr_find(num_it=12)
+    learn.fit(2)
+    return weights(learn.model), torch.rand(3), random.random()
+
+
+@pytest.mark.parametrize('how', ['recorder', 'progress', 'predictions', 'prediction', 'validate', 'plots', 'saving',
+                                 'results', 'export', 'checkpoint', 'lr_find'])
+def test_to_watch_a_training_changes_nothing(tmp_path, how):
+    bare, watched = neutral_run('bare', tmp_path), neutral_run(how, tmp_path)
+    assert same(bare[0], watched[0]), f"with {how}, the weights are others"
+    assert torch.equal(bare[1], watched[1]) and bare[2] == watched[2], f"{how} has drawn a random number"
+
+
+def test_losses_and_metrics_equal_one_pass_over_the_full_set():
+    x, y = line_data(37)
+    dls = ml.DataLoaders(ml.TensorLoader(x, y, bs=8), ml.TensorLoader(x, y, bs=8), device='cpu')
+    learn = line_learner(dls, lr=0., metrics=[F.l1_loss, ml.AvgMetric(lambda p, t: ((p - t) ** 4).mean())])
+    learn.recorder.train_metrics = True
+    learn.fit(1)
+    with torch.no_grad():
+        pred = learn.model(x)
+        whole = [F.mse_loss(pred, y), F.l1_loss(pred, y), ((pred - y) ** 4).mean()]
+    names = learn.recorder.metric_names[1:-1]
+    row = dict(zip(names, learn.final_record))
+    assert [row[k] for k in names if k.startswith('valid')] == pytest.approx([float(v) for v in whole], rel=1e-5)
+    assert [row[k] for k in names if k.startswith('train')][1:] == pytest.approx([float(v) for v in whole[1:]], rel=1e-5)
+    assert learn.validate() == pytest.approx([float(v) for v in whole], rel=1e-5)
+
+
+def test_two_runs_with_the_same_seed_are_bit_identical():
+    def run():
+        ml.set_seed(7)
+        (x, y), test = ml.mnist1d(200)
+        train = DataLoader(TensorDataset(x, y), 16, shuffle=True)
+        dls = ml.DataLoaders(train, ml.TensorLoader(*test), device='cpu')
+        learn = ml.Learner(dls, nn.Sequential(ml.small_cnn(), nn.Dropout()), nn.CrossEntropyLoss())
+        learn.logger = lambda row: None
+        learn.fit_one_cycle(2, 1e-2)
+        return weights(learn.model), learn.recorder.values
+    first, second = run(), run()
+    assert same(first[0], second[0]) and first[1] == second[1]
 
 
 # =============================================================================================
