@@ -25,7 +25,8 @@ Map
     10  Inference        validate, get_preds, predict, show_results, tta
     11  Saving           save_model, load_model, export
     12  A shelf          callbacks to take: early stopping, clipping, accumulation
-    13  Demo             python minilearner.py
+    13  Many processes   several GPUs, or several CPU cores
+    14  Demo             python minilearner.py
 
 Glossary (B is the batch size, C the number of classes)
     batch       what a loader yields: a tensor, or inputs and targets, such as `(x, y)`
@@ -73,6 +74,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils import data as data_tools
 
 # --------------------------------------------------------------------------------------
 # 1. The plain loop: everything below replaces one hard-coded part of it
@@ -187,11 +189,21 @@ def to_device(b, device=None, non_blocking=False):
     device = device or default_device()
     return map_tensors(lambda t: t.to(device, non_blocking=non_blocking), b)
 
+def n_processes():
+    """How many processes train together: the size of torch's group, or 1."""
+    dist = torch.distributed
+    in_group = dist.is_available() and dist.is_initialized()
+    return dist.get_world_size() if in_group else 1
+
+def process_rank():
+    """Number of this process in its group, from 0; 0 if there is no group."""
+    return torch.distributed.get_rank() if n_processes() > 1 else 0
+
 def gather_rows(t):
     """The rows `t` (B, ...) of all processes in one tensor; with one process, `t`."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if n_processes() == 1:
         return t
-    parts = [torch.empty_like(t) for _ in range(torch.distributed.get_world_size())]
+    parts = [torch.empty_like(t) for _ in range(n_processes())]
     torch.distributed.all_gather(parts, t.contiguous())
     return torch.cat(parts) if t.dim() else torch.stack(parts)
 
@@ -290,7 +302,7 @@ class TensorLoader:
         lengths = [len(t) for t in tensors]
         check(len(set(lengths)) == 1, f"tensors of {lengths} rows: make them equal")
         check(bs >= 1, f"bs={bs}: a batch needs at least 1 row")
-        self.dataset = torch.utils.data.TensorDataset(*tensors)
+        self.dataset = data_tools.TensorDataset(*tensors)
         self.bs, self.shuffle, self.drop_last = bs, shuffle, drop_last
 
     def __len__(self):
@@ -357,11 +369,11 @@ class DataLoaders:
     def from_dsets(cls, train_ds, valid_ds=None, bs=64, shuffle=True, device=None,
                    **kwargs):
         """DataLoaders over data sets, through torch DataLoaders, which get `kwargs`."""
-        train = torch.utils.data.DataLoader(train_ds, bs, shuffle, **kwargs)
+        train = data_tools.DataLoader(train_ds, bs, shuffle, **kwargs)
         if valid_ds is None:
             return cls(train, device=device)
         kwargs.update(drop_last=False, sampler=None)
-        valid = torch.utils.data.DataLoader(valid_ds, bs, **kwargs)
+        valid = data_tools.DataLoader(valid_ds, bs, **kwargs)
         return cls(train, valid, device=device)
 
     def __getitem__(self, i):
@@ -1075,7 +1087,7 @@ class Learner:
         self.path, self.model_dir = Path(dls.path if path is None else path), model_dir
         self.logger, self.opt, self.training, self.completed = print, None, False, True
         self.epoch, self.n_epoch, self.train_iter, self.pct_train = 0, 1, 0, 0.
-        self.iter, self.n_iter, self._cbs = 0, None, []
+        self.iter, self.n_iter, self.parallel, self._cbs = 0, None, None, []
         self._forget_batch()
         self.loss = torch.tensor(0.)
         self.cbs = [*(defaults.callbacks if default_cbs else []), *listify(cbs)]
@@ -1134,19 +1146,28 @@ class Learner:
             self.pred, self.loss = map_tensors(torch.detach, (self.pred, self.loss))
 
     def _one_batch(self):
-        self.pred = self.model(*self.xb)
+        model = self.parallel if self.training and self.parallel else self.model
+        with self.autocast():
+            self.pred = model(*self.xb)
         self._fire('after_pred')
         if self.yb:
-            self.loss = self.loss_func(self.pred, *self.yb)
+            with self.autocast():
+                self.loss = self.loss_func(self.pred, *self.yb)
             self._fire('after_loss')
         if self.yb and self.training:
-            opt = self.opt or self.ensure_opt()
+            opt, loss = self.opt or self.ensure_opt(), self.loss
             self._stage('backward', self._backward, CancelBackwardException)
+            self.loss = loss    # before_backward may scale it, for the gradients alone
             self._stage('step', opt.step, CancelStepException)
             opt.zero_grad()
 
     def _backward(self):
         self.loss.backward()
+
+    def autocast(self):
+        """The context of prediction and loss: that of `MixedPrecision`, if present."""
+        mixed_precision = vars(self).get('mixed_precision')
+        return mixed_precision.autocast() if mixed_precision else nullcontext()
 
     def _stage(self, name, body, cancel):
         """Fire before_<name>, run `body`, fire after_<name>; `cancel` ends it early.
@@ -1333,6 +1354,15 @@ class Learner:
         """Train all parameter groups."""
         self.freeze_to(0)
 
+    def gather(self, o):
+        """What each process has for `o`, a list: one item, but in `distrib_ctx`."""
+        distributed = vars(self).get('distributed')
+        return distributed.gather(o) if distributed else [o]
+
+    def distrib_ctx(self, **kwargs):
+        """Context that trains in several processes; see the function below."""
+        return distrib_ctx(self, **kwargs)
+
     def no_logging(self):
         """Context in which nothing is printed."""
         return contextmanager(replacing_yield)(self, 'logger', lambda *args: None)
@@ -1425,6 +1455,18 @@ class Learner:
         """Write the learner without data and optimizer; see the function below."""
         return export(self, fname, pickle_protocol)
 
+    def to_fp16(self):
+        """Train in float16 where it can be done (CUDA); see `MixedPrecision`."""
+        return set_precision(self, 'fp16')
+
+    def to_bf16(self):
+        """Train in bfloat16; see `MixedPrecision`."""
+        return set_precision(self, 'bf16')
+
+    def to_fp32(self):
+        """Train in full precision again."""
+        return set_precision(self, None)
+
     def model_file(self, file):
         """path/model_dir/file.pth; an absolute path, or an open file, as it is."""
         if not isinstance(file, (str, Path)) or Path(file).is_absolute():
@@ -1439,6 +1481,7 @@ class Learner:
     def load(self, file, with_opt=None, device=None, strict=True):
         """Load from `model_file(file)`; returns the learner; see `load_model`."""
         opt = None if with_opt is False else self.ensure_opt()
+        self.gather(None)    # wait for the process that may be writing it
         load_model(self.model_file(file), self.model, opt, with_opt, device, strict)
         return self
 
@@ -1480,6 +1523,9 @@ class Metric:
     def accumulate(self, learn):
         """Take in the batch: `learn.xb`, `learn.yb`, `learn.pred`, `learn.loss`."""
 
+    def gather(self, learn):
+        """At the end of a pass: take in what other processes have; `Learner.gather`."""
+
 class AvgMetric(Metric):
     """Mean of `func(pred, *yb)` over all samples, that is, weighted by batch size.
 
@@ -1501,6 +1547,12 @@ class AvgMetric(Metric):
             value = value.detach().to(torch.promote_types(value.dtype, torch.float32))
         self.total = self.total + value * bs
         self.count += bs
+
+    def gather(self, learn):
+        """Add up the sums of all processes."""
+        sums = learn.gather((plain_number(self.total), self.count))
+        if len(sums) > 1:
+            self.total, self.count = map(sum, zip(*sums))
 
     def batch_value(self, learn):
         """The value for one batch."""
@@ -1532,8 +1584,13 @@ class AvgSmoothLoss(AvgLoss):
     def accumulate(self, learn):
         """Add the loss of the batch."""
         loss = self.batch_value(learn).detach().float()
+        if learn.training and learn.parallel:    # all processes have as many batches
+            loss = gather_rows(loss).mean()
         past = self.total if self.count else torch.zeros_like(loss)
         self.total, self.count = torch.lerp(loss, past, self.beta), self.count + 1
+
+    def gather(self, learn):
+        """Nothing: that is done batch by batch."""
 
     @property
     def value(self):
@@ -1660,6 +1717,8 @@ class Recorder(Callback):
 
     def _keep(self, phase, metrics):
         if self.completed and metrics:
+            for m in metrics:
+                m.gather(self.learn)
             self.done[phase] = [plain_number(m.value) for m in metrics]
 
     def after_epoch(self):
@@ -2101,19 +2160,37 @@ def ordered_loader(dl):
     """
     if isinstance(dl, TensorLoader):
         return TensorLoader(*dl.dataset.tensors, bs=dl.bs)
-    data = torch.utils.data
-    if getattr(type(dl), '__iter__', None) is not data.DataLoader.__iter__:
-        return dl
-    sampler, dataset = dl.sampler, dl.dataset
-    if isinstance(sampler, data.SubsetRandomSampler):
-        dataset = data.Subset(dataset, list(sampler.indices))
-    elif not isinstance(sampler, (data.SequentialSampler, data.RandomSampler)):
-        return dl
-    if dl.batch_size is None and dl.batch_sampler is not None:
-        return dl    # batches of the user's own making
-    # with a generator of its own, a pass does not draw its base seed from torch's
-    return data.DataLoader(dataset, dl.batch_size, num_workers=dl.num_workers,
-                           collate_fn=dl.collate_fn, generator=torch.Generator())
+    if not is_torch_loader(dl) or dl.batch_size is None:
+        return dl    # whose batches are the user's own making
+    if isinstance(dl.sampler, data_tools.SubsetRandomSampler):
+        return loader_of_rows(dl, list(dl.sampler.indices))
+    known = (data_tools.SequentialSampler, data_tools.RandomSampler)
+    return loader_of_rows(dl, None) if isinstance(dl.sampler, known) else dl
+
+def is_torch_loader(dl):
+    """Whether `dl` is a torch DataLoader that makes batches in torch's own way."""
+    own_iter = getattr(type(dl), '__iter__', None)
+    return own_iter is data_tools.DataLoader.__iter__
+
+def loader_of_rows(dl, rows, training=None):
+    """A loader like `dl` of the given rows of its data set, in this order.
+
+    rows: a list or range of ints; None: all.
+    training: a loader that says whether to drop the last batch, and which generator
+      seeds worker processes; default: nothing is dropped, and the generator is a new
+      one, so that no number is drawn from torch's global one.
+    """
+    drop_last = training is not None and training.drop_last
+    if isinstance(dl, TensorLoader):
+        rows = torch.as_tensor(rows, device=dl.dataset.tensors[0].device)
+        tensors = [t[rows] for t in dl.dataset.tensors]
+        return TensorLoader(*tensors, bs=dl.bs, drop_last=drop_last)
+    dataset = dl.dataset if rows is None else data_tools.Subset(dl.dataset, rows)
+    generator = torch.Generator() if training is None else training.generator
+    return data_tools.DataLoader(
+        dataset, dl.batch_size, num_workers=dl.num_workers, collate_fn=dl.collate_fn,
+        pin_memory=dl.pin_memory, worker_init_fn=dl.worker_init_fn, drop_last=drop_last,
+        generator=generator)
 
 class GatherMetricsCallback(Callback):
     """Measures the loss and copies of the learner's metrics over one pass."""
@@ -2132,6 +2209,10 @@ class GatherMetricsCallback(Callback):
         if self.completed and self.yb:
             for m in self.measures:
                 m.accumulate(self.learn)
+
+    def after_validate(self):
+        for m in self.measures:
+            m.gather(self.learn)
 
 def pick_loader(learn, ds_idx, dl):
     """`dl`, or loader number `ds_idx`. Raises: ValueError if there is none."""
@@ -2176,13 +2257,18 @@ class GatherPredsCallback(Callback):
             check(learn.yb, "with_loss=True: without targets there is no loss")
             self.keep(self.losses, learn.loss.reshape(find_bs(learn.yb), -1).mean(1))
 
+    def after_validate(self):
+        if self.completed:
+            for kept in (self.inputs, self.preds, self.targets, self.losses):
+                kept[:] = [b for part in self.learn.gather(kept) for b in part]
+
     def keep(self, kept, b, folder=None):
-        b = self.learn.to_detach(b)
+        b = self.learn.to_detach(b, gather=False)
         if folder is None:
             kept.append(b)
         else:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            torch.save(b, Path(folder) / f'{self.learn.iter:06}.pt')
+            torch.save(b, Path(folder) / f'{process_rank()}{self.learn.iter:05}.pt')
 
 def concat(parts, dim=0):
     """Join tensors, or tuples of them that are nested alike, along `dim`."""
@@ -2341,6 +2427,8 @@ def save_state(state, file, pickle_protocol=2):
     """`torch.save`, to a path in one go: a crash or full disk leaves what was there."""
     if hasattr(file, 'write'):
         return torch.save(state, file, pickle_protocol=pickle_protocol)
+    if process_rank() > 0:
+        return    # of several processes, the first one writes
     file = Path(file).resolve()    # through links, which should stay
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f'{file.name}.{os.getpid()}.tmp')
@@ -2468,7 +2556,11 @@ class TerminateOnNaNCallback(Callback):
     order = -9
 
     def after_loss(self):
-        if self.training and not torch.isfinite(self.loss).all():
+        if not self.training:
+            return
+        loss = self.loss.detach()
+        loss = gather_rows(loss) if self.parallel else loss    # stop together
+        if not loss.isfinite().all():
             raise CancelFitException
 
 class TrackerCallback(Callback):
@@ -2618,7 +2710,7 @@ class CheckpointCallback(Callback):
         cbs = [cb.name for cb in self.learn.cbs]
         titles = self.recorder.metric_names if 'recorder' in cbs else []
         return {'n_epoch': self.n_epoch, 'n_iter': loader_len(self.dls.train),
-                'cbs': cbs, 'metric_names': titles}
+                'cbs': cbs, 'metric_names': titles, 'processes': n_processes()}
 
     def generators(self):
         return [g for dl in self.dls.loaders for g in generators_of(dl)]
@@ -2631,7 +2723,7 @@ class CheckpointCallback(Callback):
                  'generators': [g.get_state() for g in self.generators()],
                  'cbs': [cb.state_dict() for cb in learn.cbs], 'plan': self.plan(),
                  'n_fits': self.n_fits, 'n_done': n_done, 'iter': learn.train_iter,
-                 'rng': rng_state()}
+                 'rng': learn.gather(rng_state())}
         for k, v in [*zip(learn.cbs, state['cbs']), *state.items()]:
             check(is_plain(v), f"the state of {k} holds more than numbers, strings and "
                   "tensors: give it a state_dict and a load_state_dict", TypeError)
@@ -2669,7 +2761,7 @@ class CheckpointCallback(Callback):
         for generator, generator_state in zip(self.generators(), state['generators']):
             generator.set_state(generator_state)
         learn.start_epoch, learn.train_iter = state['n_done'], state['iter']
-        set_rng_state(state['rng'])
+        set_rng_state(state['rng'][process_rank()])
 
 class GradientClip(Callback):
     """Scales all gradients down together if their norm exceeds `max_norm`."""
@@ -2694,11 +2786,9 @@ class GradientAccumulation(Callback):
         self.count, self.carried, self.flushing = 0, [], False
 
     def before_backward(self):
-        self.unscaled = self.loss.detach()
         self.learn.loss = self.loss * find_bs(self.yb)    # sums add up over batches
 
     def after_backward(self):
-        self.learn.loss = self.unscaled
         if self.completed:
             self.count += find_bs(self.yb)
 
@@ -2724,6 +2814,78 @@ class GradientAccumulation(Callback):
             self.learn._stage('step', self.opt.step, CancelStepException)
             self.learn.completed = completed
         self.opt.zero_grad()
+
+class MixedPrecision(Callback):
+    """Predicts and computes the loss in half precision; weights stay float32.
+
+    amp_mode: 'fp16' or 'bf16'. float16 needs CUDA, elsewhere it is bfloat16. Its small
+      range needs a scaler: it multiplies the loss, divides the gradients, and skips a
+      step with gradients that are not finite, which waits for the device.
+    Source: Micikevicius and others, 'Mixed Precision Training', 2018.
+    """
+    order = -4    # gradients are unscaled after accumulating, before clipping
+
+    def __init__(self, amp_mode='fp16'):
+        ok = amp_mode in ('fp16', 'bf16')
+        check(ok, f"amp_mode={amp_mode!r}: give 'fp16' or 'bf16'")
+        self.amp_mode, self.scaler, self.finite = amp_mode, None, None
+
+    def autocast(self):
+        """The context in which torch chooses the precision of each operation."""
+        device = self.dls.device.type
+        half = torch.float16 if self.is_fp16() else torch.bfloat16
+        return torch.autocast(device, half, enabled=self.run)
+
+    def is_fp16(self):
+        """Whether it is float16 that is used, with a scaler."""
+        return self.amp_mode == 'fp16' and self.dls.device.type in FP16_DEVICES
+
+    def before_fit(self):
+        device = self.dls.device.type
+        if self.is_fp16():
+            self.scaler = self.scaler or torch.amp.GradScaler(device)
+        elif self.amp_mode == 'fp16':
+            warnings.warn(f"no training in float16 on {device}: bfloat16 instead")
+            self.amp_mode = 'bf16'    # this was said once
+
+    def after_pred(self):
+        self.learn.pred = map_tensors(as_float32, self.pred)
+
+    def before_backward(self):
+        if self.scaler:
+            self.learn.loss = self.scaler.scale(self.loss)
+
+    def before_step(self):
+        if self.scaler:
+            self.finite = False
+            # subtle: it takes this object for the optimizer, and calls `step` below
+            # if the gradients are finite; the loop makes the real step after clipping
+            self.scaler.unscale_(self)
+            self.scaler.step(self)
+            if not self.finite:
+                raise CancelStepException
+
+    def after_step(self):
+        if self.finite is not None:    # else there was no step to take
+            self.scaler.update()
+            self.finite = None
+
+    def step(self):
+        """What the scaler calls if all gradients are finite."""
+        self.finite = True
+
+    param_groups = property(lambda self: self.opt.param_groups)
+
+FP16_DEVICES = {'cuda'}
+
+def as_float32(t):
+    """`t` in float32 if it is in half precision, else as it is."""
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+
+def set_precision(learn, amp_mode):
+    """Train in 'fp16', 'bf16', or with None in full precision; returns the learner."""
+    learn.remove_cbs(MixedPrecision)
+    return learn.add_cbs(MixedPrecision(amp_mode) if amp_mode else [])
 
 class ModelResetter(Callback):
     """Calls `model.reset()` before each pass, as recurrent models need it."""
@@ -2758,8 +2920,94 @@ class RNNRegularizer(Callback):
         self.raw_out = self.out = None    # they hold the graph
 
 # --------------------------------------------------------------------------------------
-# 13. Demo: a small network learns MNIST-1D
-#     Needs: all above. Tested by: lesson 13.
+# 13. Many processes: the same training on several GPUs, or on several CPU cores
+#     Needs: 2 to 6, 10, 12. Tested by: lesson 13.
+# --------------------------------------------------------------------------------------
+
+class DistributedCallback(Callback):
+    """Each process trains and predicts on its share of the rows; `distrib_ctx` adds it.
+
+    While training, the model runs inside torch's DistributedDataParallel, which
+    averages the gradients. Shares are those of torch's DistributedSampler: of equal
+    size, so that a few rows may come twice. In a pass without training none does.
+    kwargs: of DistributedDataParallel.
+    Raises: TypeError if the training loader cannot be split.
+    """
+    order = 90
+
+    def __init__(self, **kwargs):
+        self.kwargs, self.is_share = kwargs, False
+
+    def before_fit(self):
+        dl, device = self.dls.train, self.dls.device
+        self.rows = ordered_loader(dl)
+        check(self.rows is not dl, f"{type(dl).__name__} cannot be split: give a "
+              "TensorLoader, or a DataLoader over a data set with indices", TypeError)
+        shuffle = isinstance(getattr(dl, 'sampler', None), data_tools.RandomSampler)
+        shuffle = getattr(dl, 'shuffle', shuffle)
+        self.sampler = data_tools.DistributedSampler(self.rows.dataset, shuffle=shuffle)
+        self.learn.parallel = nn.parallel.DistributedDataParallel(
+            self.model, [device] if device.type == 'cuda' else None, **self.kwargs)
+
+    def before_train(self):
+        self.sampler.set_epoch(self.epoch)
+        self.learn.dl = loader_of_rows(self.rows, list(self.sampler), self.dls.train)
+
+    def before_validate(self):
+        rows, rank, n = ordered_loader(self.dl), process_rank(), n_processes()
+        self.is_share = rows is not self.dl
+        if self.is_share:
+            size = len(rows.dataset)
+            share = range(size * rank // n, size * (rank + 1) // n)
+            self.learn.dl = loader_of_rows(rows, share)
+
+    def after_fit(self):
+        self.learn.parallel = None
+
+    def gather(self, o):
+        parts = [None] * n_processes()
+        torch.distributed.all_gather_object(parts, o)
+        return parts if self.training or self.is_share else parts[:1]
+
+    def state_dict(self):
+        """Nothing: the number of the epoch decides its shares."""
+        return {}
+
+@contextmanager
+def distrib_ctx(learn, **kwargs):
+    """Context in which every process that torchrun has started trains on its share.
+
+        with learn.distrib_ctx():       # torchrun --nproc_per_node=8 script.py
+            learn.fit_one_cycle(5)
+
+    GPUs talk by NCCL, CPUs by Gloo. All processes run the same script, and have to make
+    the same learner: call `set_seed` first. In each of them, losses, metrics and
+    predictions are those of all data; only the first prints and saves. `bs` is the size
+    of a batch in each. Without torchrun, the one process trains alone, with a warning.
+    kwargs: of DistributedDataParallel. Yields: the learner.
+    """
+    if not torch.distributed.is_torchelastic_launched():
+        warnings.warn("one process trains alone; for several, type: torchrun "
+                      f"--nproc_per_node=2 {Path(sys.argv[0]).name or 'script.py'}")
+        yield learn
+        return
+    device = learn.dls.device
+    if device.type == 'cuda':
+        torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+        learn.dls.to(torch.device('cuda', torch.cuda.current_device()))
+    if not torch.distributed.is_initialized():    # and so it stays: torch starts it once
+        backend = 'nccl' if device.type == 'cuda' else 'gloo'
+        torch.distributed.init_process_group(backend)
+    quiet = learn.no_logging() if process_rank() > 0 else nullcontext()
+    try:
+        with quiet, learn.added_cbs(DistributedCallback(**kwargs)):
+            yield learn
+    finally:
+        learn.dls.to(device)
+
+# --------------------------------------------------------------------------------------
+# 14. Demo: a small network learns MNIST-1D
+#     Needs: all above. Tested by: lesson 14.
 # --------------------------------------------------------------------------------------
 
 def small_cnn():

@@ -20,12 +20,15 @@ import random
 import re
 import subprocess
 import sys
+import time
 import types
 import warnings
 import weakref
 from pathlib import Path
 
 os.environ.setdefault('MPLBACKEND', 'Agg')      # draw without a screen
+if sys.platform == 'linux':
+    os.environ.setdefault('GLOO_SOCKET_IFNAME', 'lo')   # processes talk within this machine
 
 import pytest
 import torch
@@ -2965,6 +2968,136 @@ def test_export_names_what_cannot_be_pickled(tmp_path):
         learn.export()
 
 
+class SeesPrecision(nn.Module):
+    """Remembers in which type it computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin, self.types = nn.Linear(1, 1), []
+
+    def forward(self, x):
+        pred = self.lin(x)
+        self.types.append(pred.dtype)
+        return pred
+
+
+def test_half_precision_is_for_prediction_and_loss_alone():
+    outside = []
+    def look(self): outside.append((torch.is_autocast_enabled('cpu'), self.learn.pred.dtype))
+    seen = ml.Callback(after_pred=look, after_loss=look, before_step=look)
+    learn = line_learner(model=SeesPrecision(), cbs=seen)
+    assert learn.to_bf16() is learn, "it returns the learner"
+    learn.fit(1)
+    assert set(learn.model.types) == {torch.bfloat16}, "the model computes in bfloat16"
+    assert set(outside) == {(False, torch.float32)}, "callbacks see float32, and run outside of autocast"
+    assert learn.model.lin.weight.dtype == torch.float32 and learn.mixed_precision.scaler is None
+    learn.model.types.clear()
+    assert learn.get_preds()[0].dtype == torch.float32 and set(learn.model.types) == {torch.bfloat16}
+    assert learn.to_bf16().to_fp32() is learn and not hasattr(learn, 'mixed_precision')
+    learn.model.types.clear()
+    learn.fit(1)
+    assert set(learn.model.types) == {torch.float32}, "to_fp32 goes back"
+    with pytest.raises(ValueError, match="amp_mode='fp8'"):
+        ml.MixedPrecision('fp8')
+
+
+def test_half_precision_of_nested_predictions_and_without_targets():
+    class Two(nn.Module):
+        def forward(self, x): return x.bfloat16(), [x.half(), x.long()]
+    learn = line_learner(model=Two(), dls=ml.DataLoaders([torch.ones(4, 1)], device='cpu')).to_bf16()
+    preds, _ = learn.get_preds(0)
+    assert (preds[0].dtype, preds[1][0].dtype, preds[1][1].dtype) == (torch.float32, torch.float32, torch.int64)
+
+
+def test_bfloat16_trains_about_as_well():
+    learn, half = line_learner(), line_learner().to_bf16()
+    for o in (learn, half):
+        o.fit(6)
+    assert half.final_record == pytest.approx(learn.final_record, rel=0.1, abs=0.01)
+
+
+def test_float16_without_cuda_is_bfloat16_and_says_so_once():
+    learn = line_learner(model=SeesPrecision())
+    with pytest.warns(UserWarning, match='float16 on cpu'):
+        learn.to_fp16().fit(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        learn.fit(1)
+    assert set(learn.model.types) == {torch.bfloat16}
+
+
+class ScalerLog:
+    """Stands for a GradScaler, and writes down what is asked of it."""
+
+    def __init__(self, log, scaler):
+        self.log, self.scaler = log, scaler
+
+    def __getattr__(self, k):
+        def call(*args):
+            self.log.append(k)
+            return getattr(self.scaler, k)(*args)
+        return call
+
+
+def fp16_learner(monkeypatch, scale=8., **kwargs):
+    """Trains in float16 with a scaler, on the CPU, which the library would not do by itself."""
+    monkeypatch.setattr(ml, 'FP16_DEVICES', {'cpu'})
+    learn = line_learner(**kwargs).to_fp16()
+    learn.mixed_precision.scaler = torch.amp.GradScaler('cpu', init_scale=scale, growth_interval=3)
+    return learn
+
+
+def test_float16_unscales_clips_steps_updates_in_this_order(monkeypatch):
+    log = []
+    learn = fp16_learner(monkeypatch, scale=2.**10)
+    cb = learn.mixed_precision
+    cb.scaler = ScalerLog(log, cb.scaler)
+    learn.add_cbs([ml.GradientClip(0.5), ml.Callback(before_step=lambda self: log.append('clip')),
+                   ml.Callback(after_step=lambda self: log.append('after'))])
+    learn.ml_step = learn.create_opt() or learn.opt.step
+    learn.opt.step = lambda: (log.append('real step'), learn.ml_step())
+    learn.fit(1)
+    assert log[:7] == ['scale', 'unscale_', 'step', 'clip', 'real step', 'update', 'after'], log[:7]
+    assert all(float(loss) < 100 for loss in learn.recorder.losses), "the recorded loss is not scaled"
+    plain = line_learner(cbs=ml.GradientClip(0.5))
+    plain.fit(1)
+    assert float(learn.model.a) == pytest.approx(float(plain.model.a), rel=0.01), "as without a scaler"
+    assert cb.scaler.scaler.get_scale() == 2.**11, "four good steps: it has grown once"
+
+
+def test_a_step_with_infinite_gradients_is_skipped_and_counted(monkeypatch):
+    def spoil(self):
+        if self.train_iter == 1: self.model.a.grad.fill_(math.inf)
+    events = EventLog()
+    learn = fp16_learner(monkeypatch, scale=8., cbs=[ml.Callback(after_backward=spoil), events])
+    seen = []
+    learn.add_cb(ml.Callback(after_batch=lambda self: self.training and seen.append(weights(self.model))))
+    learn.fit_one_cycle(1, 0.1)
+    assert same(seen[0], seen[1]) and not same(seen[1], seen[2]), "the second step is skipped, no other"
+    assert all(w.isfinite().all() for w in weights(learn.model))
+    assert learn.train_iter == 4 and len(learn.recorder.hps['lr']) == 4 and len(learn.recorder.losses) == 4, \
+        "the schedule goes on by batches"
+    assert learn.mixed_precision.scaler.get_scale() == 4., "halved once, two good steps since"
+    assert events.events.count('after_cancel_step') == 1
+
+
+def test_float16_with_accumulation_unscales_once_per_step(monkeypatch):
+    learn = fp16_learner(monkeypatch, cbs=ml.GradientAccumulation(32))
+    learn.fit(2)
+    plain = line_learner(cbs=ml.GradientAccumulation(32))
+    plain.fit(2)
+    assert torch.allclose(torch.stack(weights(learn.model)), torch.stack(weights(plain.model)), rtol=0.01)
+    assert [float(v) for v in learn.recorder.losses] == pytest.approx([float(v) for v in plain.recorder.losses], rel=0.01)
+
+
+@needs_cuda
+def test_float16_on_cuda(tmp_path):
+    learn = line_learner(line_dls(device='cuda'), model=SeesPrecision(), path=tmp_path).to_fp16()
+    learn.fit(3, cbs=ml.CheckpointCallback('run'))
+    assert set(learn.model.types) == {torch.float16} and learn.mixed_precision.scaler.get_scale() > 1
+    assert learn.get_preds()[0].dtype == torch.float32 and learn.final_record[-1] < 10
+
+
 KILLED = """
 import mmap, os, random, signal, sys, time
 sys.path.insert(0, sys.argv[1])
@@ -2982,13 +3115,9 @@ class Moments(ml.Callback):
     def after_batch(self): moment[0] = 0
     def state_dict(self): return {}
 
-class Scaler(ml.Callback):
-    "A gradient scaler that grows every third step."
-    def __init__(self):
-        self.scaler = torch.amp.GradScaler('cpu', init_scale=4., growth_interval=3)
-    def before_backward(self): self.learn.loss = self.scaler.scale(self.loss)
-    def before_step(self): self.scaler.unscale_(self.opt)
-    def after_step(self): self.scaler.update()
+ml.FP16_DEVICES.add('cpu')              # so that there is a scaler, too, which grows every third step
+mixed_precision = ml.MixedPrecision('fp16')
+mixed_precision.scaler = torch.amp.GradScaler('cpu', init_scale=4., growth_interval=3)
 
 write = ml.save_state
 def save_state(*args):
@@ -3007,7 +3136,7 @@ def train(name):
     dls = ml.DataLoaders(train, ml.TensorLoader(x[128:], y[128:], bs=24), device='cpu')
     model = nn.Sequential(nn.Linear(10, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(), nn.Linear(16, 3))
     cbs = [ml.EarlyStoppingCallback('accuracy', patience=9), ml.SaveModelCallback(fname=name + '-best'),
-           Scaler(), ml.GradientClip(0.5), Moments(), ml.CheckpointCallback(name)]
+           mixed_precision, ml.GradientClip(0.5), Moments(), ml.CheckpointCallback(name)]
     learn = ml.Learner(dls, model, nn.CrossEntropyLoss(), metrics=ml.accuracy, path=folder)
     learn.logger = lambda row: None
     learn.fit_one_cycle(24, 0.05, cbs=cbs)
@@ -3269,6 +3398,224 @@ def test_groups_that_a_callback_has_thawed_are_so_after_a_resume(tmp_path):
     learn = run(None)
     assert all(p.requires_grad for p in learn.model.parameters())
     assert same(weights(learn.model), weights(whole.model))
+
+
+# =============================================================================================
+lesson("Many processes", "DistributedCallback.before_fit DistributedCallback.before_train "
+       "DistributedCallback.before_validate DistributedCallback.gather distrib_ctx",
+       hint="DistributedSampler and DistributedDataParallel do the work", read="section 13")
+
+TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node']
+
+TOGETHER = """
+import os, sys, warnings
+sys.path.insert(0, sys.argv[1])
+import torch, minilearner as ml
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+folder, bs = sys.argv[2], 16 // int(os.environ['WORLD_SIZE'])
+rank = int(os.environ['RANK'])
+result = {}
+
+def learner(name, train_loader=None, **kwargs):
+    ml.set_seed(0)
+    x = torch.randn(117, 10)
+    y = (x[:, 0] > 0).long() + (x[:, 1] > 0)
+    train = ml.TensorLoader(x[:80], y[:80], bs=bs, shuffle=True) if train_loader is None else train_loader
+    dls = ml.DataLoaders(train, ml.TensorLoader(x[80:], y[80:], bs=bs), device='cpu')
+    model = nn.Sequential(nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 3))
+    learn = ml.Learner(dls, model, nn.CrossEntropyLoss(), ml.SGD, lr=0.1, path=folder, **kwargs)
+    if name != 'main':
+        learn.logger = lambda row: None
+    return learn
+
+def what_is(learn):
+    r = learn.recorder
+    return [[p.detach().clone() for p in learn.model.parameters()], torch.stack(r.losses), r.values, learn.validate(),
+            list(learn.get_preds(with_loss=True, with_input=True)), learn.epoch]
+
+# 37 rows to validate: two processes cannot share them evenly
+learn = learner('main', metrics=[ml.accuracy, ml.AvgSmoothLoss()])
+model, loaders = learn.model, list(learn.dls.loaders)
+with learn.distrib_ctx():
+    learn.fit(4, cbs=ml.CheckpointCallback('run'))                      # 4 epochs of 5 batches: 20 steps
+    result['tensors'] = what_is(learn)
+    learn.predict(torch.ones(10))
+    learn.lr_find(num_it=6, show_plot=False)
+    result['after lr_find'] = what_is(learn)
+    parts = sorted(os.listdir(learn.get_preds(save_preds=os.path.join(folder, 'p')) and os.path.join(folder, 'p')))
+    seen = []
+    learn.fit(2, cbs=ml.Callback(after_batch=lambda self: self.training and seen.append(self.x[:, 0].clone())))
+    result['reshuffled'] = [sorted(torch.cat(seen[i:i + 5]).tolist()) for i in (0, 5)], torch.cat(seen[:5]).tolist() != torch.cat(seen[5:]).tolist()
+    learn.save('saved')
+    learn.load('saved')
+assert learn.model is model and learn.dls.loaders == loaders and learn.parallel is None and not hasattr(learn, 'distributed')
+assert learn.logger is print
+learn.logger = lambda row: None
+learn.fit(1)                                                            # alone again
+assert len(learn.recorder.losses) == 80 // bs
+
+data = learn.dls.train.dataset
+learn = learner('torch', DataLoader(data, bs, shuffle=True))
+with learn.distrib_ctx():
+    learn.fit_one_cycle(2, 0.1, cbs=[ml.EarlyStoppingCallback('train_loss'), ml.GradientClip()])
+    result['torch loader'] = what_is(learn)
+
+learn = learner('stop')
+with learn.distrib_ctx():
+    learn.fit(9, cbs=[ml.EarlyStoppingCallback(min_delta=0.05), ml.SaveModelCallback(fname='best', with_opt=True)])
+    result['early stopping'] = what_is(learn)
+
+learn = learner('tuned', splitter=lambda m: [list(m[0].parameters()), list(m[2].parameters())])
+with learn.distrib_ctx():
+    learn.fine_tune(1, 0.1)
+    result['fine_tune'] = what_is(learn)
+
+class Stop(ml.Callback):
+    stop = True
+    def before_validate(self):
+        if self.stop and self.epoch == 1: raise KeyboardInterrupt
+    def state_dict(self): return {}
+
+for Stop.stop in (True, False):
+    learn = learner('resumed')
+    with learn.distrib_ctx():
+        try:
+            learn.fit_one_cycle(3, 0.1, cbs=[Stop(), ml.CheckpointCallback('resumed')])
+        except KeyboardInterrupt:
+            pass
+        result[f'resumed, {Stop.stop}'] = what_is(learn)
+
+class Stream(IterableDataset):
+    def __iter__(self): return iter(data)
+
+for loader in (DataLoader(Stream(), 4), [(torch.ones(4, 10), torch.ones(4).long())]):
+    learn = learner('bad', loader)
+    with learn.distrib_ctx():
+        try:
+            learn.fit(1)
+        except TypeError as e:
+            result.setdefault('errors', []).append(str(e))
+
+class Count(nn.Module):                                                 # NaN in one process stops all of them
+    def forward(self, pred, y): return pred.sum() * (float('nan') if rank == 0 else 1)
+learn = learner('nan')
+learn.loss_func = Count()
+with learn.distrib_ctx():
+    learn.fit(1, cbs=ml.TerminateOnNaNCallback)
+result['nan'] = learn.train_iter, all(p.isfinite().all() for p in learn.model.parameters())
+torch.save(result, os.path.join(folder, f'result-{rank}'))
+"""
+
+
+@pytest.fixture(scope='module')
+def together(tmp_path_factory):
+    """Results of one process, and of each of two, over the same data; and what they printed."""
+    def run(n):
+        folder = tmp_path_factory.mktemp(f'processes{n}')
+        (folder / 'script.py').write_text(TOGETHER)
+        done = subprocess.run([*TORCHRUN, str(n), str(folder / 'script.py'), str(HERE), str(folder)], timeout=300,
+                              capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+        assert done.returncode == 0, done.stdout + done.stderr
+        return folder, done, [torch.load(folder / f'result-{rank}', weights_only=True) for rank in range(n)]
+    return run(1), run(2)
+
+
+def close(a, b):
+    """Whether two nested results agree to 1e-5, relative to their largest value."""
+    if isinstance(a, torch.Tensor) and a.is_floating_point():
+        return a.shape == b.shape and float((a - b).abs().max()) <= 1e-5 * max(1e-3, float(a.abs().max()))
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(close, a, b))
+    return a == pytest.approx(b, rel=1e-5) if isinstance(a, float) else equal(a, b)
+
+
+@pytest.mark.parametrize('what', ['tensors', 'after lr_find', 'torch loader', 'early stopping', 'fine_tune', 'resumed, False'])
+def test_two_processes_equal_one_over_the_same_data(together, what):
+    (_, _, [one]), (_, _, two) = together
+    names = ['weights', 'losses', 'values', 'validate', 'predictions', 'epoch']
+    for rank in (0, 1):
+        expected = one[what]
+        if what == 'tensors':   # the smooth loss of a validation pass depends on the batches
+            expected = [*expected[:2], [row[:-1] for row in expected[2]], expected[3][:-1], *expected[4:]]
+            two[rank][what][2] = [row[:3] for row in two[rank][what][2]]
+            two[rank][what][3] = two[rank][what][3][:2]
+        if what == 'after lr_find':
+            expected, two[rank][what] = [expected[0], *expected[4:]], [two[rank][what][0], *two[rank][what][4:]]
+        differ = [n for n, a, b in zip(names, expected, two[rank][what]) if not close(a, b)]
+        assert not differ, f"process {rank} of two differs from one process in {differ}"
+    assert what == 'tensors' or equal(two[0][what], two[1][what]), "all processes have the same results, to the bit"
+
+
+def test_weights_after_20_steps_agree_to_a_millionth(together):
+    (_, _, [one]), (_, _, [two, _]) = together
+    for a, b in zip(one['tensors'][0], two['tensors'][0]):
+        assert float((a - b).abs().max() / a.abs().max()) <= 1e-6
+
+
+def test_all_predictions_come_once_and_in_order(together):
+    (_, _, [one]), (_, _, two) = together
+    x, preds, targets, losses = one['tensors'][4]
+    assert len(x) == len(preds) == len(targets) == len(losses) == 37, "no padded rows"
+    for results in two:
+        assert torch.equal(results['tensors'][4][0], x) and torch.equal(results['tensors'][4][2], targets)
+
+
+def test_a_resumed_training_in_two_processes_equals_one_that_was_not_stopped(together):
+    _, (_, _, two) = together
+    for results in two:
+        assert results['resumed, True'][-1] == 1 and results['resumed, False'][-1] == 2
+        assert len(results['resumed, False'][2]) == 3
+
+
+def test_only_the_first_process_prints_and_saves(together):
+    for folder, done, _ in together:
+        assert done.stdout.count('epoch  train_loss') == 2, "main: a table for each of its two fits, once: " + done.stdout
+        files = sorted(f.name for f in (folder / 'models').iterdir())
+        assert files == ['best.pth', 'resumed.pth', 'run.pth', 'saved.pth'], "one file each, nothing half-written"
+
+
+def test_each_epoch_shuffles_anew_and_covers_all_rows(together):
+    (_, _, [one]), (_, _, two) = together
+    rows, differs = one['reshuffled']
+    assert differs, "the order is another one in each epoch"
+    for i in (0, 1):
+        assert sorted(two[0]['reshuffled'][0][i] + two[1]['reshuffled'][0][i]) == rows[i], "each row in one process"
+
+
+def test_loaders_that_cannot_be_split_are_named(together):
+    for _, _, results in together:
+        for result in results:
+            assert 'DataLoader cannot be split' in result['errors'][0] and 'list cannot be split' in result['errors'][1]
+
+
+def test_nan_in_one_process_stops_all(together):
+    _, (_, _, two) = together
+    assert [r['nan'] for r in two] == [(1, True), (1, True)], "after one batch, before its step"
+
+
+def test_an_exception_in_one_process_ends_all(tmp_path):
+    (tmp_path / 'script.py').write_text(TOGETHER.split('# 37 rows')[0] + """
+def fail(self):
+    if rank == 1 and self.iter == 2: raise ValueError('something of its own')
+learn = learner('fails', cbs=ml.Callback(after_pred=fail))
+with learn.distrib_ctx():
+    learn.fit(1)
+""")
+    start = time.monotonic()
+    done = subprocess.run([*TORCHRUN, '2', str(tmp_path / 'script.py'), str(HERE), str(tmp_path)], timeout=120,
+                          capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode != 0 and time.monotonic() - start < 30 + 20, "twenty seconds are for starting"
+    assert 'ValueError: something of its own' in done.stderr, "the exception is shown"
+
+
+def test_without_torchrun_it_says_what_to_type():
+    learn = line_learner()
+    with pytest.warns(UserWarning, match='torchrun --nproc_per_node=2'):
+        with learn.distrib_ctx() as same_learner:
+            assert same_learner is learn
+            learn.fit(1)
+    assert len(learn.recorder.losses) == 4 and learn.gather(7) == [7], "the one process trains alone"
 
 
 # =============================================================================================
