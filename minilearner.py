@@ -1584,13 +1584,11 @@ class AvgSmoothLoss(AvgLoss):
     def accumulate(self, learn):
         """Add the loss of the batch."""
         loss = self.batch_value(learn).detach().float()
-        if learn.training and learn.parallel:    # all processes have as many batches
-            loss = gather_rows(loss).mean()
         past = self.total if self.count else torch.zeros_like(loss)
         self.total, self.count = torch.lerp(loss, past, self.beta), self.count + 1
 
     def gather(self, learn):
-        """Nothing: that is done batch by batch."""
+        """Nothing: in a training pass, `loss` is the mean over all processes."""
 
     @property
     def value(self):
@@ -2160,8 +2158,8 @@ def ordered_loader(dl):
     """
     if isinstance(dl, TensorLoader):
         return TensorLoader(*dl.dataset.tensors, bs=dl.bs)
-    if not is_torch_loader(dl) or dl.batch_size is None:
-        return dl    # whose batches are the user's own making
+    if not is_torch_loader(dl):
+        return dl
     if isinstance(dl.sampler, data_tools.SubsetRandomSampler):
         return loader_of_rows(dl, list(dl.sampler.indices))
     known = (data_tools.SequentialSampler, data_tools.RandomSampler)
@@ -2169,8 +2167,9 @@ def ordered_loader(dl):
 
 def is_torch_loader(dl):
     """Whether `dl` is a torch DataLoader that makes batches in torch's own way."""
-    own_iter = getattr(type(dl), '__iter__', None)
-    return own_iter is data_tools.DataLoader.__iter__
+    iterates = getattr(type(dl), '__iter__', None)
+    as_usual = iterates is data_tools.DataLoader.__iter__
+    return as_usual and (dl.batch_size is not None or dl.batch_sampler is None)
 
 def loader_of_rows(dl, rows, training=None):
     """A loader like `dl` of the given rows of its data set, in this order.
@@ -2952,6 +2951,10 @@ class DistributedCallback(Callback):
     def before_train(self):
         self.sampler.set_epoch(self.epoch)
         self.learn.dl = loader_of_rows(self.rows, list(self.sampler), self.dls.train)
+
+    def after_step(self):
+        # for whoever looks at the loss from here on; the gradients have been averaged
+        self.learn.loss = gather_rows(self.loss.detach().mean()).mean()
 
     def before_validate(self):
         rows, rank, n = ordered_loader(self.dl), process_rank(), n_processes()
