@@ -553,6 +553,70 @@ def adam_step(p, lr, mom, step, sqr_mom, grad_avg, sqr_avg, eps, **kwargs):
     denom = (sqr_avg / debias2).sqrt_().add_(eps)
     p.data.addcdiv_(grad_avg, denom, value=-lr / debias1)
 
+class TensorList:
+    """Many tensors that answer to the methods of one, by torch's multi-tensor kernels.
+
+    So a step function updates a whole group in a few calls, each of which costs little
+    more than that for a single parameter. `t.add_(u, alpha=2)` is
+    `torch._foreach_add_(t.tensors, u.tensors, alpha=2)`, to the same last bit.
+    """
+    def __init__(self, tensors):
+        self.tensors = tensors
+
+    def __getattr__(self, name):
+        multi = getattr(torch, f'_foreach_{name}')
+
+        def method(*args, **kwargs):
+            args = [getattr(a, 'tensors', a) for a in args]
+            result = multi(self.tensors, *args, **kwargs)
+            return self if name.endswith('_') else TensorList(result)
+        return method
+
+    def __truediv__(self, number):
+        return self.div(number)
+
+    data = property(lambda self: self)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return cls([func(t, **(kwargs or {})) for t in args[0].tensors])
+
+class StackedParams(TensorList):
+    """Parameters with the same hypers and the same kind of state, as one."""
+    grad = property(lambda self: TensorList([p.grad for p in self.tensors]))
+
+class StackedState(dict):
+    """Their states as one; what a step function changes goes back to each of them."""
+    def __init__(self, states):
+        self.states = states
+        super().__init__((k, TensorList([state[k] for state in states])
+                          if isinstance(v, torch.Tensor) else v)
+                         for k, v in states[0].items())
+
+    def update(self, new):
+        """Keep `new`, here and in the states of all parameters."""
+        super().update(new)
+        for k, v in new.items():
+            values = v.tensors if isinstance(v, TensorList) else [v] * len(self.states)
+            for state, value in zip(self.states, values):
+                state[k] = value
+
+# These work on a TensorList as on a tensor; with any other, it goes one by one.
+FAST_STEPS = {sgd_step, weight_decay, l2_reg, average_grad, average_sqr_grad,
+              momentum_step, rms_prop_step, step_stat, adam_step}
+
+def stack_params(params):
+    """Join the items of `Optimizer.all_params` that can be updated as one."""
+    alike = defaultdict(list)
+    for item in params:
+        p, _, state, hyper = item
+        plain = [v for v in state.values() if not isinstance(v, torch.Tensor)]
+        alike[id(hyper), p.device, p.dtype, *state, *plain].append(item)
+    return [(StackedParams([p for p, *_ in items]), group,
+             StackedState([state for _, _, state, _ in items]), hyper)
+            if len(items) > 1 else items[0]
+            for items in alike.values() for _, group, _, hyper in items[:1]]
+
 class Optimizer:
     """Runs step functions, one after another, on every parameter that has a gradient.
 
@@ -637,6 +701,9 @@ class Optimizer:
         params = self.all_params(with_grad=True)
         if params and not self._checked:
             self._check_hypers(*params[0])
+        fast = all(getattr(f, 'func', f) in FAST_STEPS for f in self.cbs)
+        if fast and len(params) > 8:    # fewer are as fast one by one
+            params = stack_params(params)
         for p, _, state, hyper in params:
             self._update(p, state, hyper)
 
@@ -903,8 +970,7 @@ class CancelFitException(CancelException): "End the training."
 def check_event(name):
     """Raise AttributeError, naming the nearest event, unless `name` is an event."""
     if name not in EVENTS:
-        today = name.replace('begin_', 'before_')    # fastai's first name for it
-        near = difflib.get_close_matches(today, EVENTS, 1, 0)
+        near = difflib.get_close_matches(name, EVENTS, 1, 0)
         raise AttributeError(f"{name!r} is not an event; did you mean {near[0]!r}?")
 
 def check_handler(name, value):
@@ -1174,7 +1240,6 @@ class Learner:
 
         In after_<name>, `self.completed` says whether the part ran to its end.
         """
-        self.completed = False
         try:
             try:
                 self._fire(f'before_{name}')
@@ -2059,7 +2124,7 @@ def lr_find(learn, start_lr=1e-7, end_lr=10, num_it=100, stop_div=True, show_plo
     suggest_funcs: functions of (lrs, losses, num_it): `minimum`, `steep`, `valley`.
     Returns: what these suggest, a named tuple of floats; None without them. Weights,
     optimizer and random numbers are those of before, and no file is written.
-    Raises: ValueError if the loss was never a number.
+    Raises: ValueError if fewer than two losses were numbers.
     """
     check(hasattr(learn, 'recorder'), "lr_find needs it: learn.add_cb(Recorder)")
     check(num_it > 1, f"num_it={num_it}: two rates are the least to compare")
@@ -2071,7 +2136,7 @@ def lr_find(learn, start_lr=1e-7, end_lr=10, num_it=100, stop_div=True, show_plo
     try:
         with learn.no_logging():
             finder = LRFinder(start_lr, end_lr, num_it, stop_div)
-            learn.fit(num_it + 1, cbs=finder)    # the finder ends it
+            learn.fit(num_it, cbs=finder)    # which ends it after num_it batches
     finally:
         learn.opt = opt
         if opt is not None:
@@ -2112,7 +2177,7 @@ def suggest_lrs(recorder, num_it, suggest_funcs):
     lrs, losses = lrs[losses.isfinite()], losses[losses.isfinite()]
     if len(losses) > num_it // 10 + 7:
         lrs, losses = lrs[num_it // 10:-5], losses[num_it // 10:-5]
-    check(len(losses) > 1, "the loss was never a number")
+    check(len(losses) > 1, "the loss was a number fewer than two times")
     names = [func_name(f) for f in listify(suggest_funcs)]
     found = [float(f(lrs, losses, num_it)) for f in listify(suggest_funcs)]
     return namedtuple('SuggestedLRs', names, rename=True)(*found)
