@@ -3063,7 +3063,7 @@ def distrib_ctx(learn, **kwargs):
     if device.type == 'cuda':
         torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
         learn.dls.to(torch.device('cuda', torch.cuda.current_device()))
-    if not torch.distributed.is_initialized():    # and so it stays: torch starts it once
+    if not torch.distributed.is_initialized():    # it stays: torch starts it once
         backend = 'nccl' if device.type == 'cuda' else 'gloo'
         torch.distributed.init_process_group(backend)
     quiet = learn.no_logging() if process_rank() > 0 else nullcontext()
