@@ -611,7 +611,8 @@ def stack_params(params):
     for item in params:
         p, _, state, hyper = item
         plain = [v for v in state.values() if not isinstance(v, torch.Tensor)]
-        alike[id(hyper), p.device, p.dtype, *state, *plain].append(item)
+        key = (id(hyper), p.device, p.dtype, *state, *plain)
+        alike[key].append(item)
     return [(StackedParams([p for p, *_ in items]), group,
              StackedState([state for _, _, state, _ in items]), hyper)
             if len(items) > 1 else items[0]
