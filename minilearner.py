@@ -54,6 +54,7 @@ import copy
 import difflib
 import functools
 import inspect
+import itertools
 import math
 import operator
 import os
@@ -187,7 +188,14 @@ def map_tensors(f, b):
 def to_device(b, device=None, non_blocking=False):
     """Move every tensor of a batch to `device` (default: `default_device()`)."""
     device = device or default_device()
-    return map_tensors(lambda t: t.to(device, non_blocking=non_blocking), b)
+
+    def move(t):    # the comparison costs less than a call that finds nothing to do
+        return t if t.device == device else t.to(device, non_blocking=non_blocking)
+    return map_tensors(move, b)
+
+def without_graph(t):
+    """`t`, cut from its graph if it has one."""
+    return t.detach() if t.requires_grad else t
 
 def n_processes():
     """How many processes train together: the size of torch's group, or 1."""
@@ -224,9 +232,10 @@ def to_detach_from_dl(learn, b, cpu=True, gather=True):
 
 def find_bs(b):
     """Batch size of `b`: the rows of its first, innermost item; 1 without a shape."""
-    while isinstance(b, (tuple, list, dict)) and len(b):
+    while isinstance(b, (tuple, list, dict)) and b:
         b = next(iter(b.values())) if isinstance(b, dict) else b[0]
-    return b.shape[0] if getattr(b, 'shape', ()) else 1
+    shape = getattr(b, 'shape', ())
+    return shape[0] if shape else 1
 
 def set_seed(s, reproducible=False):
     """Seed Python, NumPy (if imported) and torch, on all devices, with the int `s`.
@@ -602,16 +611,25 @@ class StackedState(dict):
                 state[k] = value
 
 # These work on a TensorList as on a tensor; with any other, it goes one by one.
-FAST_STEPS = {sgd_step, weight_decay, l2_reg, average_grad, average_sqr_grad,
-              momentum_step, rms_prop_step, step_stat, adam_step}
+FAST_STEPS = (sgd_step, weight_decay, l2_reg, average_grad, average_sqr_grad,
+              momentum_step, rms_prop_step, step_stat, adam_step)
+HALF = (torch.float16, torch.bfloat16)
+
+def is_fast(f):
+    """Whether `f`, or what it is a `partial` of, is one of FAST_STEPS."""
+    return (f.func if isinstance(f, functools.partial) else f) in FAST_STEPS
 
 def stack_params(params):
     """Join the items of `Optimizer.all_params` that can be updated as one."""
     alike = defaultdict(list)
     for item in params:
         p, _, state, hyper = item
-        plain = [v for v in state.values() if not isinstance(v, torch.Tensor)]
-        key = (id(hyper), p.device, p.dtype, *state, *plain)
+        tensors = [v for v in state.values() if isinstance(v, torch.Tensor)]
+        plain = [v if isinstance(v, (int, float, str)) else id(v)
+                 for v in state.values() if not isinstance(v, torch.Tensor)]
+        # on a CPU, half precision is rounded in another way if many come together
+        halves = p.is_cpu and any(t.dtype in HALF for t in (p, *tensors))
+        key = (id(hyper), p.device, p.dtype, *state, *plain, halves and id(p))
         alike[key].append(item)
     return [(StackedParams([p for p, *_ in items]), group,
              StackedState([state for _, _, state, _ in items]), hyper)
@@ -702,8 +720,7 @@ class Optimizer:
         params = self.all_params(with_grad=True)
         if params and not self._checked:
             self._check_hypers(*params[0])
-        fast = all(getattr(f, 'func', f) in FAST_STEPS for f in self.cbs)
-        if fast and len(params) > 8:    # fewer are as fast one by one
+        if len(params) > 8 and all(map(is_fast, self.cbs)):    # few are fast anyway
             params = stack_params(params)
         for p, _, state, hyper in params:
             self._update(p, state, hyper)
@@ -781,6 +798,10 @@ class Optimizer:
         Raises: ValueError, before any change, for the state of another optimizer.
         """
         check_state_fits(self, sd.get('hypers', []), sd.get('state', []))
+        self.restore(sd)
+
+    def restore(self, sd):
+        """`load_state_dict` for what this very optimizer gave: nothing is checked."""
         for (p, *_), state in zip(self.all_params(), sd['state']):
             self.state[p] = map_tensors(lambda t: t.to(p.device, copy=True), state)
         self.hypers = [{**own, **h} for own, h in zip(self.hypers, sd['hypers'])]
@@ -794,8 +815,11 @@ def check_state_fits(opt, hypers, states):
         differ = (a.keys() ^ b.keys()) - {'mom', 'wd'}    # these a fit may add
         check(not differ, f"one of the two optimizers has no {sorted(differ)}")
     for p, state in zip(params, states):
-        tensors = [v for v in state.values() if isinstance(v, torch.Tensor)]
-        ok = all(v.shape in ((), p.shape) for v in tensors)
+        shapes = [v.shape for v in state.values() if isinstance(v, torch.Tensor)]
+        ok = all(len(shape) <= p.dim() for shape in shapes)
+        # a state may be smaller, such as one number for each row
+        ok = ok and all(n in (1, m) for shape in shapes
+                        for n, m in zip(reversed(shape), reversed(p.shape)))
         check(ok, f"it has a state of another shape for a parameter {list(p.shape)}")
 
 def as_groups(params):
@@ -904,6 +928,10 @@ class OptimWrapper(Optimizer):
         hypers = [self._hypers_of(group) for group in sd.get('param_groups', [])]
         states = [sd.get('state', {}).get(i, {}) for i in range(len(self.all_params()))]
         check_state_fits(self, hypers, states)
+        self.restore(sd)
+
+    def restore(self, sd):
+        """`load_state_dict` for what this very optimizer gave: nothing is checked."""
         self.opt.load_state_dict(sd)
 
 # --------------------------------------------------------------------------------------
@@ -1016,8 +1044,8 @@ class Callback:
         """Run the method `event_name`, if it exists and the flags allow; its result."""
         training = getattr(self.learn, 'training', True)
         wanted = self.run_train if training else self.run_valid
-        wanted = self.run and (wanted or event_name not in BATCH_EVENTS)
-        if wanted and self.defines(event_name):
+        wanted = wanted or event_name not in BATCH_EVENTS
+        if self.run and wanted and self.defines(event_name):
             return getattr(self, event_name)()
 
     def defines(self, name):
@@ -1028,16 +1056,20 @@ class Callback:
         """What a checkpoint keeps: attributes that are numbers, strings, tensors, lists
         or dicts of them; and the states of attributes that have a `state_dict`.
         """
-        return {k: v.state_dict() if has_state(v) else v for k, v in vars(self).items()
-                if k != 'learn' and (has_state(v) or is_plain(v))}
+        kept = {k: v for k, v in vars(self).items()
+                if k != 'learn' and not isinstance(v, Callback)}
+        return {'plain': {k: v for k, v in kept.items() if is_plain(v)},
+                'states': {k: v.state_dict() for k, v in kept.items() if has_state(v)}}
 
     def load_state_dict(self, state):
-        """Take over what `state_dict` gave."""
-        for k, v in state.items():
-            if has_state(vars(self).get(k)):
-                vars(self)[k].load_state_dict(v)
-            else:
-                vars(self)[k] = v
+        """Take over what `state_dict` gave. Raises: ValueError, before any change."""
+        states = state.get('states', {})
+        for k in states:
+            check(has_state(vars(self).get(k)), f"{self!r} has no {k} that could take "
+                  "over the saved state: make it in __init__ or before_fit")
+        vars(self).update(state.get('plain', {}))
+        for k, v in states.items():
+            vars(self)[k].load_state_dict(v)
 
     def __getattr__(self, k):
         # Python asks here only for what it found nowhere else
@@ -1155,6 +1187,7 @@ class Learner:
         self.logger, self.opt, self.training, self.completed = print, None, False, True
         self.epoch, self.n_epoch, self.train_iter, self.pct_train = 0, 1, 0, 0.
         self.iter, self.n_iter, self.parallel, self._cbs = 0, None, None, []
+        self.failing = False    # whether an error is on its way out
         self._forget_batch()
         self.loss = torch.tensor(0.)
         self.cbs = [*(defaults.callbacks if default_cbs else []), *listify(cbs)]
@@ -1206,13 +1239,15 @@ class Learner:
         """Train (if `self.training`) or evaluate on `b`, batch `i` of this pass."""
         self.iter = i
         self.xb, self.yb = self.dls.split_batch(to_device(b, self.dls.device))
-        try:
-            self._stage('batch', self._one_batch, CancelBatchException)
-        finally:
-            # subtle: these hold the graph, which must not outlive the batch
-            self.pred, self.loss = map_tensors(torch.detach, (self.pred, self.loss))
+        self._stage('batch', self._one_batch, CancelBatchException)
 
     def _one_batch(self):
+        try:
+            self._predict_and_learn()
+        finally:    # these hold the graph, which must not outlive the batch
+            self.pred, self.loss = map_tensors(without_graph, (self.pred, self.loss))
+
+    def _predict_and_learn(self):
         model = self.parallel if self.training and self.parallel else self.model
         with self.autocast():
             self.pred = model(*self.xb)
@@ -1251,6 +1286,7 @@ class Learner:
                 self._fire(f'after_cancel_{name}')
         except BaseException as first:
             self.completed = False
+            self.failing = not isinstance(first, CancelException)
             try:
                 self._fire(f'after_{name}')
             except BaseException as second:
@@ -1274,8 +1310,9 @@ class Learner:
 
     def _end_fit(self):
         self._forget_batch()
-        self.training = False
-        self.opt.zero_grad()    # of a batch that broke off: not for the next fit
+        self.training = self.failing = False
+        if self.opt:
+            self.opt.zero_grad()    # of a batch that broke off: not for the next fit
         for cb in self.cbs:
             cb.run = True
 
@@ -1423,7 +1460,8 @@ class Learner:
     def gather(self, o):
         """What each process has for `o`, a list: one item, but in `distrib_ctx`."""
         distributed = vars(self).get('distributed')
-        return distributed.gather(o) if distributed else [o]
+        # after an error, the other processes are elsewhere: do not wait for them
+        return distributed.gather(o) if distributed and not self.failing else [o]
 
     def distrib_ctx(self, **kwargs):
         """Context that trains in several processes; see the function below."""
@@ -1609,9 +1647,13 @@ class AvgMetric(Metric):
     def accumulate(self, learn):
         """Add the batch. The sum stays on the device, so that nothing waits for it."""
         value, bs = self.batch_value(learn), find_bs(learn.yb)
-        if isinstance(value, torch.Tensor):    # a sum of float16 soon overflows
-            value = value.detach().to(torch.promote_types(value.dtype, torch.float32))
-        self.total = self.total + value * bs
+        if isinstance(value, torch.Tensor):
+            if not self.count:    # a sum of float16 would soon overflow
+                dtype = torch.promote_types(value.dtype, torch.float32)
+                self.total = torch.zeros_like(value, dtype=dtype)
+            self.total.add_(without_graph(value), alpha=bs)
+        else:
+            self.total += value * bs
         self.count += bs
 
     def gather(self, learn):
@@ -1649,7 +1691,7 @@ class AvgSmoothLoss(AvgLoss):
 
     def accumulate(self, learn):
         """Add the loss of the batch."""
-        loss = self.batch_value(learn).detach().float()
+        loss = without_graph(self.batch_value(learn)).float()
         past = self.total if self.count else torch.zeros_like(loss)
         self.total, self.count = torch.lerp(loss, past, self.beta), self.count + 1
 
@@ -1671,7 +1713,10 @@ class ValueMetric(Metric):
     value = property(lambda self: self.func())
 
 class ObjectMetric(Metric):
-    """An object with update(pred, *yb), compute() and reset(), as in torchmetrics."""
+    """An object with update(pred, *yb), compute() and reset(), as in torchmetrics.
+
+    In several processes, it is its `compute` that joins them, as torchmetrics does.
+    """
     def __init__(self, metric):
         self.metric, self.reset = metric, metric.reset
 
@@ -1771,7 +1816,7 @@ class Recorder(Callback):
         if learn.training:
             learn.smooth_loss = self.smooth.value
             self.losses.append(learn.smooth_loss)
-            self.lrs.append(learn.opt.hypers[-1]['lr'])
+            self.lrs.append(learn.opt.param_groups[-1]['lr'])
 
     def after_train(self):
         self._keep('train', self.train_mets)
@@ -1783,7 +1828,8 @@ class Recorder(Callback):
         if self.completed and metrics:
             for m in metrics:
                 m.gather(self.learn)
-            self.done[phase] = [plain_number(m.value) for m in metrics]
+            values = [plain_number(m.value) for m in metrics]
+            self.done[phase] = self.learn.gather(values)[0]    # all decide by the same
 
     def after_epoch(self):
         done, self.done = self.done, {}
@@ -1803,13 +1849,13 @@ class Recorder(Callback):
         """The history so far; the losses as one tensor."""
         losses = torch.stack(self.losses) if self.losses else torch.empty(0)
         return {'lrs': self.lrs, 'iters': self.iters, 'values': self.values,
-                'losses': losses, 'smooth': [self.smooth.total, self.smooth.count]}
+                'losses': losses, 'smooth': [self.smooth.total, self.smooth.count],
+                'hps': self.hps}
 
     def load_state_dict(self, state):
         """Go on with the history that `state_dict` gave."""
-        state = to_device(state, self.dls.device)
-        self.lrs, self.iters, self.values = (state[k] for k in
-                                             ('lrs', 'iters', 'values'))
+        self.lrs, self.iters, self.values, self.hps = (
+            state[k] for k in ('lrs', 'iters', 'values', 'hps'))
         self.losses = list(state['losses'])
         self.smooth.total, self.smooth.count = state['smooth']
         self.learn.smooth_loss = self.smooth.value
@@ -2020,6 +2066,8 @@ class ParamScheduler(Callback):
     def before_fit(self):
         known = loader_len(self.dls.train) is not None
         check(known, "a schedule needs the length of an epoch: give the loader __len__")
+        for name, sched in self.scheds.items():
+            self.opt.set_hyper(name, sched(0.))    # now, as it may be a new name
         self.hps = {name: [] for name in self.scheds}
 
     def before_batch(self):
@@ -2132,6 +2180,7 @@ def lr_find(learn, start_lr=1e-7, end_lr=10, num_it=100, stop_div=True, show_plo
     opt, rng = learn.opt, rng_state()
     opt_state = copy.deepcopy(opt and opt.state_dict())
     put_back = [keep_tensors(o) for o in (learn.model, learn.loss_func)]
+    put_back += [keep_scaler(cb) for cb in learn.cbs if cb.name == 'mixed_precision']
     put_back += [functools.partial(g.set_state, g.get_state())
                  for g in generators_of(learn.dls.train)]
     try:
@@ -2139,12 +2188,12 @@ def lr_find(learn, start_lr=1e-7, end_lr=10, num_it=100, stop_div=True, show_plo
             finder = LRFinder(start_lr, end_lr, num_it, stop_div)
             learn.fit(num_it, cbs=finder)    # which ends it after num_it batches
     finally:
-        learn.opt = opt
-        if opt is not None:
-            opt.load_state_dict(opt_state)
         set_rng_state(rng)
         for restore in put_back:
             restore()
+        learn.opt = opt
+        if opt is not None:
+            opt.restore(opt_state)
     found = suggest_lrs(learn.recorder, num_it, suggest_funcs)
     if show_plot:
         learn.recorder.plot_lr_find(suggestions=found)
@@ -2153,19 +2202,33 @@ def lr_find(learn, start_lr=1e-7, end_lr=10, num_it=100, stop_div=True, show_plo
 def keep_tensors(module):
     """Copy all parameters and buffers of `module`; returns what puts them back."""
     modules = list(module.modules()) if isinstance(module, nn.Module) else []
-    kept = [(d, k, t.detach().clone()) for m in modules
-            for d in (m._parameters, m._buffers) for k, t in d.items() if t is not None]
+    places = [(d, k) for m in modules for d in (m._parameters, m._buffers) for k in d]
+    is_lazy = any(nn.parameter.is_lazy(d[k]) for d, k in places)
+    check(not is_lazy, "the model has lazy layers: call it on a batch, then lr_find")
+    kept = [(d, k, map_tensors(without_graph, map_tensors(torch.clone, d[k])))
+            for d, k in places]
 
     @torch.no_grad()
     def put_back():
         for tensors, k, t in kept:
-            tensors[k].copy_(t)
+            now = tensors[k]
+            if now is None or t is None or now.shape != t.shape:
+                tensors[k] = t    # a buffer that was made, dropped or replaced
+            else:
+                now.copy_(t)
     return put_back
+
+def keep_scaler(mixed_precision):
+    """Lend the callback a copy of its scaler; returns what puts the original back."""
+    scaler = mixed_precision.scaler
+    mixed_precision.scaler = copy.deepcopy(scaler)
+    return functools.partial(setattr, mixed_precision, 'scaler', scaler)
 
 def generators_of(dl):
     """The generators that a torch DataLoader, or a part of it, was given."""
     batch_sampler = getattr(dl, 'batch_sampler', None)
-    parts = (dl, getattr(dl, 'sampler', None), getattr(batch_sampler, 'sampler', None))
+    parts = (dl, getattr(dl, 'sampler', None), batch_sampler,
+             getattr(batch_sampler, 'sampler', None))
     found = [getattr(part, 'generator', None) for part in parts]
     return [g for g in found if isinstance(g, torch.Generator)]
 
@@ -2197,7 +2260,7 @@ def validation_context(learn, cbs=None):
     Only what the model itself keeps, such as hidden states, is out of reach.
     """
     kept = {k: getattr(learn, k) for k in ('dl', 'xb', 'yb', 'pred', 'loss', 'iter',
-                                           'n_iter', 'training', 'completed')}
+                                           'n_iter', 'training', 'completed', 'failing')}
     modes = {m: m.training for m in learn.model.modules()}
     resting = [cb for cb in learn.cbs if cb.rests]
     try:
@@ -2213,9 +2276,29 @@ def validation_context(learn, cbs=None):
 
 def run_validation(learn, dl, cbs):
     """One pass over `dl`, with its events, in a `validation_context`."""
-    with validation_context(learn, cbs):
+    with validation_context(learn, cbs), own_generators(dl):
         learn.dl = dl
         learn._stage('validate', learn.all_batches, CancelValidException)
+
+@contextmanager
+def own_generators(dl):
+    """Context in which a torch DataLoader draws nothing from the global generator."""
+    parts = [dl, getattr(dl, 'sampler', None)]
+    parts = [part for part in parts if getattr(part, 'generator', 0) is None]
+    for part in parts:
+        part.generator = new_generator()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.generator = None
+
+def new_generator():
+    """A generator that follows from `set_seed`, but takes no number; each another."""
+    seed = (torch.initial_seed() + next(GENERATOR_NUMBERS)) % 2**63
+    return torch.Generator().manual_seed(seed)
+
+GENERATOR_NUMBERS = itertools.count(1)
 
 def ordered_loader(dl):
     """A loader of all rows that `dl` draws from, in order; `dl` if these are unknown.
@@ -2247,11 +2330,12 @@ def loader_of_rows(dl, rows, training=None):
     """
     drop_last = training is not None and training.drop_last
     if isinstance(dl, TensorLoader):
-        rows = torch.as_tensor(rows, device=dl.dataset.tensors[0].device)
+        device = dl.dataset.tensors[0].device
+        rows = torch.as_tensor(rows, dtype=torch.long, device=device)
         tensors = [t[rows] for t in dl.dataset.tensors]
         return TensorLoader(*tensors, bs=dl.bs, drop_last=drop_last)
     dataset = dl.dataset if rows is None else data_tools.Subset(dl.dataset, rows)
-    generator = torch.Generator() if training is None else training.generator
+    generator = new_generator() if training is None else training.generator
     return data_tools.DataLoader(
         dataset, dl.batch_size, num_workers=dl.num_workers, collate_fn=dl.collate_fn,
         pin_memory=dl.pin_memory, worker_init_fn=dl.worker_init_fn, drop_last=drop_last,
@@ -2323,17 +2407,17 @@ class GatherPredsCallback(Callback):
             self.keep(self.losses, learn.loss.reshape(find_bs(learn.yb), -1).mean(1))
 
     def after_validate(self):
-        if self.completed:
+        if self.completed:    # else the processes may hold unlike numbers of batches
             for kept in (self.inputs, self.preds, self.targets, self.losses):
                 kept[:] = [b for part in self.learn.gather(kept) for b in part]
 
     def keep(self, kept, b, folder=None):
-        b = self.learn.to_detach(b, gather=False)
+        b, rank = self.learn.to_detach(b, gather=False), process_rank()
         if folder is None:
             kept.append(b)
-        else:
+        elif rank == 0 or 'distributed' in vars(self.learn):
             Path(folder).mkdir(parents=True, exist_ok=True)
-            torch.save(b, Path(folder) / f'{process_rank()}{self.learn.iter:05}.pt')
+            torch.save(b, Path(folder) / f'{rank:03}_{self.learn.iter:05}.pt')
 
 def concat(parts, dim=0):
     """Join tensors, or tuples of them that are nested alike, along `dim`."""
@@ -2540,10 +2624,11 @@ def put_weights(file, state, model, opt, with_opt=None, strict=True):
     weights, opt_state = (state['model'], state['opt']) if both else (state, None)
     ok = isinstance(weights, dict) and all(isinstance(k, str) for k in weights)
     check(ok, f"{file} holds no model: {type(weights).__name__}")
-    own = {bare_key(k): k for k in bare_model(model).state_dict()}
+    own_state = bare_model(model).state_dict()
+    own = {bare_key(k): k for k in own_state}
     bare = {bare_key(k): v for k, v in weights.items()}
     bare = {k if k in own else k.removeprefix('module.'): v for k, v in bare.items()}
-    check_weights(file, bare, bare_state(model), strict)
+    check_weights(file, bare, {k: own_state[own[k]] for k in own}, strict)
     ok = not with_opt or None not in (opt, opt_state)
     check(ok, f"with_opt=True, but {file} or the learner has none: leave it out")
     if opt is not None and opt_state is not None and with_opt is not False:
@@ -2558,9 +2643,13 @@ def put_weights(file, state, model, opt, with_opt=None, strict=True):
 def check_weights(file, weights, own, strict):
     """Raise ValueError, listing them, for keys or shapes in which two states differ."""
     def kind(v):
-        return list(v.shape) if isinstance(v, torch.Tensor) else type(v).__name__
+        if not isinstance(v, torch.Tensor):
+            return type(v).__name__
+        is_usual = v.layout == torch.strided and not v.is_meta
+        return list(v.shape) if is_usual else f'{v.layout} on {v.device}'
+    common = [k for k in own.keys() & weights if not nn.parameter.is_lazy(own[k])]
     wrong = [f'{k} is {kind(weights[k])}, not {kind(own[k])}'
-             for k in own.keys() & weights if kind(weights[k]) != kind(own[k])]
+             for k in common if kind(weights[k]) != kind(own[k])]
     if strict:
         wrong += [f'lacks {k}' for k in own.keys() - weights]
         wrong += [f'has {k} too many' for k in weights.keys() - own]
@@ -2574,14 +2663,17 @@ def export(learn, fname='export.pkl', pickle_protocol=2):
     Raises: ValueError, which names it, if something cannot be pickled.
     """
     file, kept = learn.path / fname, dict(vars(learn))
+    distributed = [cb for cb in learn.cbs if cb.name == 'distributed']
     learn.dls, learn.opt, learn.logger = copy.copy(learn.dls), None, print
+    learn.parallel = None
     no_data = dict(loaders=[[]], train=[], valid=None, train_ds=None, valid_ds=None)
     vars(learn.dls).update(no_data)
     learn._forget_batch()
     try:
-        for o in (learn, *learn.cbs):
-            check_picklable(o, learn)
-        save_state(learn, file, pickle_protocol)
+        with learn.removed_cbs(distributed):
+            for o in (learn, *learn.cbs):
+                check_picklable(o, learn)
+            save_state(learn, file, pickle_protocol)
     finally:
         vars(learn).update(kept)
     return file
@@ -2730,12 +2822,15 @@ class CheckpointCallback(Callback):
     """Saves a training after its epochs; if the file is there, a fit goes on from it.
 
     fname: see `Learner.save`; `Learner.load` reads the weights of such a file, too.
-    every: save after each `every`-th epoch, and after the last.
+    every: save after each `every`-th epoch, and at the end of the fit.
     resume: False begins anew, and replaces the file.
     Kept are model, loss function, optimizer, what callbacks keep (see their
     `state_dict`), and random numbers, also of torch loaders: killed at any time and
-    started again by the same command, a training on the CPU ends with the same bits. Of
-    several fits with the same object, as in `fine_tune`, finished ones are passed over.
+    started again by the same command, a training on the CPU ends with the same bits.
+    Not kept: buffers that are not in the state dict, numbers of persistent workers.
+    Of several fits with the same object, as in `fine_tune`, finished ones are passed
+    over: nothing is trained and no callback runs. The weights then are those of the
+    fit's end for the last of them only, so save no model between two fits.
     Raises: ValueError, before anything changes, for a file of another training.
     """
     order = math.inf    # last: so it saves what the others have done
@@ -2748,23 +2843,30 @@ class CheckpointCallback(Callback):
 
     def before_fit(self):
         self.run = 'lr_finder' not in vars(self.learn)    # which is no training
-        self.ended = False
+        self.ended = self.passed_over = False
         self.file = Path(self.learn.model_file(self.fname))
         if self.run and self.resume and self.file.exists():
             self.load_training(load_state(self.file))
 
     def after_epoch(self):
         n_done = self.epoch + 1
-        if self.completed and (n_done % self.every == 0 or n_done == self.n_epoch):
-            for left in self.file.parent.glob(f'{self.file.name}.*.tmp'):
-                left.unlink()    # of a process that was killed while it saved
-            save_state(self.training_state(n_done), self.file)
+        if self.completed and n_done % self.every == 0:
+            self.save(n_done)
 
     def after_cancel_fit(self):
         self.ended = True
 
     def after_fit(self):
-        self.n_fits += self.ended or self.completed    # not if it was interrupted
+        if self.ended or self.completed:    # else it was interrupted
+            self.n_fits += 1
+            if not self.passed_over:
+                self.save(0)
+
+    def save(self, n_done):
+        if process_rank() == 0:
+            for left in self.file.resolve().parent.glob(f'{self.file.name}.*.tmp'):
+                left.unlink(missing_ok=True)    # of a process killed while it saved
+        save_state(self.training_state(n_done), self.file)
 
     def state_dict(self):
         """Nothing: n_fits is in the file already."""
@@ -2784,24 +2886,38 @@ class CheckpointCallback(Callback):
         learn = self.learn
         state = {'model': bare_state(learn.model), 'opt': learn.opt.state_dict(),
                  'loss_func': module_state(learn.loss_func),
+                 'frozen_idx': learn.opt.frozen_idx,
                  'requires_grad': [p.requires_grad for p in learn.model.parameters()],
                  'generators': [g.get_state() for g in self.generators()],
                  'cbs': [cb.state_dict() for cb in learn.cbs], 'plan': self.plan(),
                  'n_fits': self.n_fits, 'n_done': n_done, 'iter': learn.train_iter,
                  'rng': learn.gather(rng_state())}
-        for k, v in [*zip(learn.cbs, state['cbs']), *state.items()]:
-            check(is_plain(v), f"the state of {k} holds more than numbers, strings and "
-                  "tensors: give it a state_dict and a load_state_dict", TypeError)
+        for o, kept in [('the learner', {**state, 'cbs': None}),
+                        *zip(learn.cbs, state['cbs'])]:
+            wrong = [k for k, v in kept.items() if not is_plain(v)]
+            check(not wrong, f"the state of {o!r} holds more than numbers, strings and "
+                  f"tensors in {wrong}: give it a state_dict and a load_state_dict",
+                  TypeError)
         return state
 
     def load_training(self, state):
+        """Go on if the file was saved in or after this fit, the one after `n_fits`.
+
+        The file has `n_fits` finished fits, and `n_done` epochs of the next one.
+        """
         ok = isinstance(state, dict) and 'n_fits' in state
         check(ok, f"{self.file} is no checkpoint: delete it, or take another name")
-        if state['n_fits'] > self.n_fits:
-            self.learn.start_epoch = self.n_epoch    # this fit was finished before
-        if state['n_fits'] == self.n_fits:
+        self.passed_over = state['n_fits'] > self.n_fits
+        is_end = state['n_fits'] == self.n_fits + 1 and not state['n_done']
+        is_within = state['n_fits'] == self.n_fits and state['n_done']
+        if is_end or is_within:
             self.check_same_training(state)
             self.go_on_from(state)
+        if self.passed_over:
+            warnings.warn(f"{self.file} holds this training complete: nothing to do")
+            self.learn.start_epoch = self.n_epoch
+            for cb in self.learn.cbs:
+                cb.run = cb is self
 
     def check_same_training(self, state):
         wrong = [f"{k} {state['plan'][k]}, here {v}" for k, v in self.plan().items()
@@ -2811,8 +2927,6 @@ class CheckpointCallback(Callback):
               f"it from start_epoch={state['n_done']}")
         own = module_state(self.learn.loss_func)
         check_weights(self.file, state['loss_func'], own, strict=True)
-        if state['n_done'] == self.n_epoch:
-            warnings.warn(f"{self.file} holds a complete training: nothing to do")
 
     def go_on_from(self, state):
         learn = self.learn
@@ -2821,8 +2935,9 @@ class CheckpointCallback(Callback):
             learn.loss_func.load_state_dict(state['loss_func'])
         for p, requires_grad in zip(learn.model.parameters(), state['requires_grad']):
             p.requires_grad_(requires_grad)
+        learn.opt.frozen_idx = state['frozen_idx']
         for cb, cb_state in zip(learn.cbs, state['cbs']):
-            cb.load_state_dict(cb_state)
+            cb.load_state_dict(to_device(cb_state, learn.dls.device))
         for generator, generator_state in zip(self.generators(), state['generators']):
             generator.set_state(generator_state)
         learn.start_epoch, learn.train_iter = state['n_done'], state['iter']
@@ -2841,6 +2956,7 @@ class GradientAccumulation(Callback):
     """Steps once every `n_acc` samples, as if they had come in one batch.
 
     The last batch of an epoch steps with what there is. For losses that are means.
+    Several processes count their samples together.
     """
     order, run_valid = -5, False
 
@@ -2860,7 +2976,8 @@ class GradientAccumulation(Callback):
     def before_step(self):
         params = [p for p in self.model.parameters() if p.grad is not None]
         is_last = self.flushing or self.iter + 1 == self.n_iter
-        if self.count < self.n_acc and not is_last:
+        n = n_processes() if self.parallel else 1
+        if self.count * n < self.n_acc and not is_last:
             self.carried = [(p, p.grad) for p in params]
             raise CancelStepException
         for p in params:
@@ -2894,6 +3011,7 @@ class MixedPrecision(Callback):
         ok = amp_mode in ('fp16', 'bf16')
         check(ok, f"amp_mode={amp_mode!r}: give 'fp16' or 'bf16'")
         self.amp_mode, self.scaler, self.finite = amp_mode, None, None
+        self.warned = False
 
     def autocast(self):
         """The context in which torch chooses the precision of each operation."""
@@ -2909,9 +3027,9 @@ class MixedPrecision(Callback):
         device = self.dls.device.type
         if self.is_fp16():
             self.scaler = self.scaler or torch.amp.GradScaler(device)
-        elif self.amp_mode == 'fp16':
+        elif self.amp_mode == 'fp16' and not self.warned:
             warnings.warn(f"no training in float16 on {device}: bfloat16 instead")
-            self.amp_mode = 'bf16'    # this was said once
+            self.warned = True
 
     def after_pred(self):
         self.learn.pred = map_tensors(as_float32, self.pred)
@@ -2921,7 +3039,8 @@ class MixedPrecision(Callback):
             self.learn.loss = self.scaler.scale(self.loss)
 
     def before_step(self):
-        if self.scaler:
+        params = [p for p, *_ in self.opt.all_params(with_grad=True)]
+        if self.scaler and params:
             self.finite = False
             # subtle: it takes this object for the optimizer, and calls `step` below
             # if the gradients are finite; the loop makes the real step after clipping
@@ -2938,6 +3057,15 @@ class MixedPrecision(Callback):
     def step(self):
         """What the scaler calls if all gradients are finite."""
         self.finite = True
+
+    def state_dict(self):
+        """That of the scaler, if there is one."""
+        return {'scaler': self.scaler.state_dict()} if self.scaler else {}
+
+    def load_state_dict(self, state):
+        """Take it over, if there is a scaler here, too."""
+        if self.scaler and 'scaler' in state:
+            self.scaler.load_state_dict(state['scaler'])
 
     param_groups = property(lambda self: self.opt.param_groups)
 
@@ -2993,54 +3121,67 @@ class DistributedCallback(Callback):
     """Each process trains and predicts on its share of the rows; `distrib_ctx` adds it.
 
     While training, the model runs inside torch's DistributedDataParallel, which
-    averages the gradients. Shares are those of torch's DistributedSampler: of equal
-    size, so that a few rows may come twice. In a pass without training none does.
+    averages the gradients; it is made anew for each epoch, as layers may have been
+    frozen. Shares are those of torch's DistributedSampler: of equal size, so that a few
+    rows may come twice. In a pass without training none does, and a loader that cannot
+    be split is read by the first process alone.
     kwargs: of DistributedDataParallel.
     Raises: TypeError if the training loader cannot be split.
     """
     order = 90
 
     def __init__(self, **kwargs):
-        self.kwargs, self.is_share = kwargs, False
+        self.kwargs = kwargs
 
     def before_fit(self):
-        dl, device = self.dls.train, self.dls.device
-        self.rows = ordered_loader(dl)
-        check(self.rows is not dl, f"{type(dl).__name__} cannot be split: give a "
+        dl = self.dls.train
+        rows = ordered_loader(dl)
+        check(rows is not dl, f"{type(dl).__name__} cannot be split: give a "
               "TensorLoader, or a DataLoader over a data set with indices", TypeError)
-        shuffle = isinstance(getattr(dl, 'sampler', None), data_tools.RandomSampler)
-        shuffle = getattr(dl, 'shuffle', shuffle)
-        self.sampler = data_tools.DistributedSampler(self.rows.dataset, shuffle=shuffle)
-        self.learn.parallel = nn.parallel.DistributedDataParallel(
-            self.model, [device] if device.type == 'cuda' else None, **self.kwargs)
+        random = (data_tools.RandomSampler, data_tools.SubsetRandomSampler)
+        shuffle = getattr(dl, 'shuffle', isinstance(getattr(dl, 'sampler', 0), random))
+        seed = self.gather(int(torch.randint(2**31, ())))[0]
+        self.sampler = data_tools.DistributedSampler(rows.dataset, shuffle=shuffle,
+                                                     seed=seed)
 
     def before_train(self):
+        device, dl = self.dls.device, self.dls.train
+        self.learn.parallel = nn.parallel.DistributedDataParallel(
+            self.model, [device] if device.type == 'cuda' else None, **self.kwargs)
         self.sampler.set_epoch(self.epoch)
-        self.learn.dl = loader_of_rows(self.rows, list(self.sampler), self.dls.train)
+        self.learn.dl = loader_of_rows(ordered_loader(dl), list(self.sampler), dl)
 
     def after_step(self):
-        # for whoever looks at the loss from here on; the gradients have been averaged
-        self.learn.loss = gather_rows(self.loss.detach().mean()).mean()
+        if not self.failing:
+            # for whoever looks at the loss from here on; gradients have been averaged
+            self.learn.loss = gather_rows(self.loss.detach().mean()).mean()
+
+    def after_train(self):
+        self.learn.parallel = None
+        for buffer in [] if self.failing else self.model.buffers():
+            torch.distributed.broadcast(buffer, 0)    # as the first process saves them
 
     def before_validate(self):
         rows, rank, n = ordered_loader(self.dl), process_rank(), n_processes()
-        self.is_share = rows is not self.dl
-        if self.is_share:
+        if rows is not self.dl:
             size = len(rows.dataset)
             share = range(size * rank // n, size * (rank + 1) // n)
             self.learn.dl = loader_of_rows(rows, share)
-
-    def after_fit(self):
-        self.learn.parallel = None
+        elif rank > 0:
+            self.learn.dl = []
 
     def gather(self, o):
         parts = [None] * n_processes()
         torch.distributed.all_gather_object(parts, o)
-        return parts if self.training or self.is_share else parts[:1]
+        return parts
 
     def state_dict(self):
-        """Nothing: the number of the epoch decides its shares."""
-        return {}
+        """What decides, with the number of the epoch, who gets which rows."""
+        return {'seed': self.sampler.seed}
+
+    def load_state_dict(self, state):
+        """Go on with the same shares."""
+        self.sampler.seed = state['seed']
 
 @contextmanager
 def distrib_ctx(learn, **kwargs):
@@ -3052,15 +3193,23 @@ def distrib_ctx(learn, **kwargs):
     GPUs talk by NCCL, CPUs by Gloo. All processes run the same script, and have to make
     the same learner: call `set_seed` first. In each of them, losses, metrics and
     predictions are those of all data; only the first prints and saves. `bs` is the size
-    of a batch in each. Without torchrun, the one process trains alone, with a warning.
+    of a batch in each. Whatever is called here is called in all of them, and a callback
+    that ends something early has to do so in all: else they wait for each other.
+    Without torchrun, the one process trains alone, with a warning.
     kwargs: of DistributedDataParallel. Yields: the learner.
+    Raises: ValueError for a device that is neither a GPU of CUDA nor a CPU.
     """
+    if 'distributed' in vars(learn):
+        yield learn
+        return
     if not torch.distributed.is_torchelastic_launched():
         warnings.warn("one process trains alone; for several, type: torchrun "
                       f"--nproc_per_node=2 {Path(sys.argv[0]).name or 'script.py'}")
         yield learn
         return
     device = learn.dls.device
+    ok = device.type in ('cuda', 'cpu')
+    check(ok, f"no several processes on {device}: give DataLoaders device='cpu'")
     if device.type == 'cuda':
         torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
         learn.dls.to(torch.device('cuda', torch.cuda.current_device()))
@@ -3071,6 +3220,7 @@ def distrib_ctx(learn, **kwargs):
     try:
         with quiet, learn.added_cbs(DistributedCallback(**kwargs)):
             yield learn
+            learn.gather(None)    # so that what one has saved, all can load
     finally:
         learn.dls.to(device)
 

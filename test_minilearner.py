@@ -1067,6 +1067,62 @@ def test_an_optimizer_without_parameters_has_one_empty_group():
     assert opt.param_lists == [[]] and opt.hypers == [{'lr': 0.2}]
 
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision_gives_the_same_bits_for_few_and_for_many_parameters(dtype):
+    def trained(n):
+        rng = torch.Generator().manual_seed(0)
+        params = [nn.Parameter(torch.randn(50, generator=rng).to(dtype)) for _ in range(n)]
+        opt = ml.SGD(params, 0.1, mom=0.9)
+        for _ in range(5):
+            for p in params:
+                p.grad = p.detach() / 3
+            opt.step()
+        return [p.data for p in params[:2]]
+    assert same(trained(2), trained(20)), f"many parameters as one: torch rounds {dtype} in another way on a CPU"
+
+
+class EachOwn:
+    """A step function of one's own around one of the library's, as an object with a `func`."""
+
+    def __init__(self, func): self.func = func
+
+    def __eq__(self, other): return self is other      # hence it has no hash, like a dataclass
+
+    def __call__(self, p, **kwargs):
+        if not hasattr(p, 'mine'): return self.func(p, **kwargs)
+
+
+def test_only_the_librarys_own_steps_see_many_parameters_as_one():
+    params = [nn.Parameter(torch.ones(2)) for _ in range(12)]
+    params[0].mine = True
+    for p in params:
+        p.grad = torch.ones(2)
+    opt = ml.Optimizer(params, EachOwn(ml.sgd_step), lr=0.1)
+    opt.step()
+    assert params[0].tolist() == [1, 1] and params[1].tolist() == pytest.approx([0.9, 0.9])
+
+
+def test_state_of_any_kind_may_be_kept_beside():
+    params = [nn.Parameter(torch.ones(2)) for _ in range(12)]
+    opt = ml.SGD(params, 0.1)
+    for p in params:
+        p.grad, opt.state[p]['tags'] = torch.ones(2), ['a list has no hash']
+    opt.step()
+    assert all(p.tolist() == pytest.approx([0.9, 0.9]) for p in params)
+
+
+def test_states_that_are_smaller_than_their_parameter_can_be_saved():
+    p = nn.Parameter(torch.ones(3, 2))
+    opt = ml.OptimWrapper([p], torch.optim.Adafactor, lr=0.1)      # keeps sums of rows and of columns
+    p.grad = torch.ones(3, 2)
+    opt.step()
+    other = ml.OptimWrapper([nn.Parameter(torch.ones(3, 2))], torch.optim.Adafactor, lr=0.1)
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert other.opt.state, "the state has arrived"
+    with pytest.raises(ValueError, match='another shape'):
+        ml.OptimWrapper([nn.Parameter(torch.ones(2, 3))], torch.optim.Adafactor, lr=0.1).load_state_dict(opt.state_dict())
+
+
 # =============================================================================================
 lesson("Callbacks", "check_event Callback.__init__ Callback.__init_subclass__ Callback.__call__ "
        "Callback.defines Callback.__getattr__ Callback.__setattr__ Callback.__repr__ "
@@ -2736,6 +2792,65 @@ def test_suggestions_may_come_from_any_functions():
     assert tuple(found) == (1., 2.), "lambdas have no name of their own, but are welcome"
 
 
+def test_lr_find_puts_back_what_cannot_be_checked_against_the_model():
+    for opt_func, cbs in [(torch.optim.Adafactor, None), (ml.SGD, ml.ParamScheduler({'temp': ml.SchedLin(1, 0)}))]:
+        learn = line_learner(model=nn.Linear(1, 1), opt_func=opt_func, lr=0.01, cbs=cbs)
+        learn.create_opt()
+        before = weights(learn.model)
+        learn.lr_find(num_it=12, show_plot=False)
+        assert same(weights(learn.model), before), "also with sums of rows as a state, or a new hyper"
+
+
+class Grows(nn.Module):
+    """Has buffers that appear and grow while it runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(1, 1)
+        self.register_buffer('seen', None)
+        self.register_buffer('all', torch.zeros(1))
+
+    def forward(self, x):
+        self.seen, self.all = x.mean(), torch.cat([self.all, x[:1, 0]])
+        return self.lin(x)
+
+
+def test_lr_find_puts_back_buffers_that_appeared_or_grew():
+    learn = line_learner(model=Grows())
+    before = weights(learn.model)
+    learn.lr_find(num_it=5, show_plot=False)
+    assert learn.model.seen is None and same(weights(learn.model), before)
+
+
+def test_lr_find_on_lazy_layers_says_what_to_do():
+    learn = line_learner(model=nn.LazyLinear(1))
+    with pytest.raises(ValueError, match='call it on a batch'):
+        learn.lr_find(num_it=5, show_plot=False)
+    learn.model(torch.ones(1, 1))
+    learn.lr_find(num_it=5, show_plot=False)
+
+
+class OwnBatches:
+    """A batch sampler with a generator of its own."""
+
+    def __init__(self): self.generator = torch.Generator().manual_seed(5)
+
+    def __iter__(self): return iter(torch.randperm(64, generator=self.generator).split(8))
+
+    def __len__(self): return 8
+
+
+def test_lr_find_puts_back_the_generator_of_a_batch_sampler():
+    def fitted(find):
+        train = DataLoader(TensorDataset(*line_data()), batch_sampler=OwnBatches())
+        learn = line_learner(ml.DataLoaders(train, device='cpu'))
+        if find:
+            learn.lr_find(num_it=9, show_plot=False)
+        learn.fit(2)
+        return weights(learn.model)
+    assert same(fitted(True), fitted(False))
+
+
 # =============================================================================================
 lesson("Inference", "validation_context run_validation ordered_loader GatherMetricsCallback.after_batch "
        "validate GatherPredsCallback.before_validate GatherPredsCallback.after_batch "
@@ -2962,7 +3077,7 @@ def test_what_watches_over_training_is_away_during_predictions():
 def test_folders_of_predictions_are_made(tmp_path):
     learn = line_learner()
     learn.get_preds(save_preds=tmp_path / 'some' / 'where')
-    assert [f.name for f in sorted((tmp_path / 'some' / 'where').iterdir())] == ['000000.pt', '000001.pt']
+    assert [f.name for f in sorted((tmp_path / 'some' / 'where').iterdir())] == ['000_00000.pt', '000_00001.pt']
 
 
 def test_show_results_of_any_loader_shows_any_samples():
@@ -2983,7 +3098,34 @@ def test_show_results_of_any_loader_shows_any_samples():
 
 def test_files_of_predictions_are_numbered(tmp_path):
     line_learner().get_preds(dl=[line_data(2)] * 11, save_preds=tmp_path)
-    assert [f.name for f in sorted(tmp_path.iterdir())] == [f'{i:06}.pt' for i in range(11)]
+    assert [f.name for f in sorted(tmp_path.iterdir())] == [f'000_{i:05}.pt' for i in range(11)]
+
+
+def test_predictions_draw_no_number_from_the_training_whatever_the_loader():
+    data = TensorDataset(*line_data(24, 1))
+    class Stream(IterableDataset):
+        def __iter__(self): return iter(data)
+    weighted = torch.utils.data.WeightedRandomSampler(torch.ones(24), 24)
+    for valid in (DataLoader(data, batch_sampler=torch.utils.data.BatchSampler(range(24), 8, False)),
+                  DataLoader(Stream(), 8), DataLoader(data, 8, sampler=weighted)):
+        learn, before = line_learner(ml.DataLoaders(line_dls().train, valid, device='cpu')), torch.get_rng_state()
+        learn.validate(), learn.get_preds()
+        assert torch.equal(torch.get_rng_state(), before), f"{valid.sampler} took a number"
+        assert valid.generator is None and getattr(valid.sampler, 'generator', None) is None, "and is as before"
+
+
+class Jitter(torch.utils.data.Dataset):
+    """Augments at random, wherever it is read."""
+
+    def __len__(self): return 4
+
+    def __getitem__(self, i): return torch.rand(1), torch.zeros(1)
+
+
+def test_passes_with_workers_see_other_augmentations_each_time():
+    learn = line_learner(ml.DataLoaders(DataLoader(Jitter(), 2, num_workers=1), device='cpu'))
+    first, second = learn.get_preds(0)[0], learn.get_preds(0)[0]
+    assert not torch.equal(first, second), "tta would average n equal passes"
 
 
 # =============================================================================================
@@ -3232,6 +3374,23 @@ def test_load_state_reads_to_the_cpu_or_says_what_is_wrong(tmp_path):
     (tmp_path / 'b.pth').write_text('hello')
     with pytest.raises(ValueError, match='cannot load .*b.pth'):
         ml.load_state(tmp_path / 'b.pth')
+
+
+@pytest.mark.parametrize('odd', [lambda t: t.to_sparse(), lambda t: t.to('meta')], ids=['sparse', 'meta'])
+def test_tensors_without_plain_values_are_refused_before_anything_changes(tmp_path, odd):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    state, before = model.state_dict(), weights(model)
+    torch.save({k: odd(v) if k == '1.weight' else v + 1 for k, v in state.items()}, tmp_path / 'm.pth')
+    with pytest.raises(ValueError, match=r'm.pth does not fit .*1.weight'):
+        ml.load_model(tmp_path / 'm.pth', model, None)
+    assert same(weights(model), before)
+
+
+def test_weights_load_into_lazy_layers(tmp_path):
+    ml.save_model(tmp_path / 'm.pth', nn.Linear(3, 2), None)
+    lazy = nn.LazyLinear(2)
+    ml.load_model(tmp_path / 'm.pth', lazy, None)
+    assert lazy.weight.shape == (2, 3)
 
 
 # =============================================================================================
@@ -3703,11 +3862,12 @@ def test_callbacks_say_what_a_checkpoint_keeps():
     cb = KeepsState()
     learn = line_learner(cbs=cb)
     state = copy.deepcopy(cb.state_dict())
-    assert state.keys() == {'n', 'text', 'tensor', 'nested', 'module'}, "what a file can hold"
+    assert state['plain'].keys() == {'n', 'text', 'tensor', 'nested'}, "what a file can hold"
+    assert state['states'].keys() == {'module'}, "and what says itself what to keep"
     learn.fit(2)
     nn.init.constant_(cb.module.weight, 7)
     cb.load_state_dict(state)
-    assert cb.n == 0 and torch.equal(cb.module.weight, state['module']['weight']), "the module stays, with its state"
+    assert cb.n == 0 and torch.equal(cb.module.weight, state['states']['module']['weight']), "the module stays, with its state"
     assert learn.progress.state_dict() == {}, "where a table is printed may change"
 
 
@@ -3740,7 +3900,7 @@ def test_every_says_after_which_epochs_to_save(tmp_path, every, stop, first):
     whole.fit(5)
     assert learn.recorder.values == whole.recorder.values and same(weights(learn.model), weights(whole.model))
     assert equal(learn.opt.state_dict(), whole.opt.state_dict())
-    assert torch.load(tmp_path / 'models' / 'run.pth', weights_only=True)['n_done'] == 5, "the last one is saved"
+    assert torch.load(tmp_path / 'models' / 'run.pth', weights_only=True)['n_fits'] == 1, "the end is saved"
 
 
 def test_resume_false_begins_anew(tmp_path):
@@ -3922,6 +4082,111 @@ def test_save_model_at_end_saves_the_last_not_the_best(tmp_path):
     assert same(weights(saved.model), weights(learn.model)), "epoch 0 was best, but the end is wanted"
 
 
+def two_fits(path, stop, fit=None, every=1, at_end=False):
+    """fine_tune in two fits that save their best, interrupted in epoch `stop` of the second."""
+    n_fits = [0]
+    class Stop(ml.Callback):
+        def before_fit(self): n_fits[0] += 1
+        def before_validate(self):
+            if n_fits[0] == 2 and self.epoch == stop: raise KeyboardInterrupt
+    learn = line_learner(path=path, splitter=lambda m: [[m.a], [m.b]])
+    with contextlib.suppress(KeyboardInterrupt):
+        learn.fine_tune(5, 0.1, freeze_epochs=2, cbs=[Stop(), ml.SaveModelCallback(at_end=at_end),
+                                                      ml.CheckpointCallback('run', every=every)])
+    return learn
+
+
+@pytest.mark.filterwarnings('ignore:.*complete')
+@pytest.mark.parametrize('stop', [0, 2, 4])
+@pytest.mark.parametrize('every', [1, 3])
+def test_a_finished_fit_is_passed_over_with_its_best_weights(tmp_path, stop, every):
+    whole = two_fits(tmp_path / 'whole', None, every=every)
+    two_fits(tmp_path, stop, every=every)
+    learn = two_fits(tmp_path, None, every=every)
+    assert same(weights(learn.model), weights(whole.model)), "though model.pth is of the second fit by then"
+    assert learn.recorder.values == whole.recorder.values and learn.recorder.hps == whole.recorder.hps
+    again = two_fits(tmp_path, None, every=every)
+    assert same(weights(again.model), weights(whole.model)), "and passed over as a whole"
+
+
+@pytest.mark.filterwarnings('ignore:.*complete')
+def test_a_fit_that_is_passed_over_overwrites_nothing(tmp_path):
+    two_fits(tmp_path, None, at_end=True)
+    (tmp_path / 'models' / 'model.pth').write_bytes(b'somebody else has this name now')
+    two_fits(tmp_path, None, at_end=True)
+    assert (tmp_path / 'models' / 'model.pth').read_bytes().startswith(b'somebody'), "no callback of it runs"
+
+
+@pytest.mark.filterwarnings('ignore:.*complete')
+def test_a_training_that_stopped_early_is_complete(tmp_path):
+    first = checkpointed(tmp_path, 9, cbs=ml.EarlyStoppingCallback(min_delta=9.))
+    assert len(first.recorder.values) < 9
+    again = checkpointed(tmp_path, 9, cbs=ml.EarlyStoppingCallback(min_delta=9.))
+    assert again.recorder.values == first.recorder.values and same(weights(again.model), weights(first.model))
+
+
+def test_a_schedule_of_a_new_hyper_resumes(tmp_path):
+    cbs = lambda: ml.ParamScheduler({'temp': ml.SchedLin(1, 0)})
+    checkpointed(tmp_path, 4, 2, cbs())
+    assert len(checkpointed(tmp_path, 4, cbs=cbs()).recorder.values) == 4
+
+
+class Remembers(ml.Callback):
+    """Keeps an average of the model, made when it is first needed; and knows another callback."""
+
+    model, other = None, None
+
+    def after_step(self):
+        self.average = self.average if 'average' in vars(self) else copy.deepcopy(self.learn.model)
+
+
+def test_a_state_that_nobody_can_take_over_is_named(tmp_path):
+    a, b = Remembers(), Remembers()
+    a.other, b.other = b, a
+    checkpointed(tmp_path, 4, 2, [a, b])
+    with pytest.raises(ValueError, match='no average .*before_fit'):
+        checkpointed(tmp_path, 4, None, [Remembers(), Remembers()])
+
+
+def test_lr_find_leaves_the_scaler_as_it_was(monkeypatch):
+    learn = fp16_learner(monkeypatch, scale=2.**16)
+    learn.loss_func = lambda pred, y: 1000 * F.mse_loss(pred, y)
+    before = learn.mixed_precision.scaler.state_dict()
+    learn.lr_find(num_it=20, show_plot=False)
+    assert learn.mixed_precision.scaler.state_dict() == before, "or other steps would be skipped in the fit to come"
+
+
+@pytest.mark.parametrize('first, then', [(True, False), (False, True)])
+def test_checkpoints_go_between_devices_with_and_without_float16(monkeypatch, tmp_path, first, then):
+    def run(has_fp16, stop):
+        monkeypatch.setattr(ml, 'FP16_DEVICES', {'cpu'} if has_fp16 else set())
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            return checkpointed(tmp_path, 4, stop, ml.MixedPrecision('fp16'))
+    run(first, 2)
+    assert len(run(then, None).recorder.values) == 4
+
+
+def test_a_cancelled_backward_pass_leaves_the_scaler_nothing_to_do(monkeypatch):
+    def cancel(self): raise ml.CancelBackwardException
+    learn = fp16_learner(monkeypatch, cbs=ml.Callback(before_backward=cancel))
+    before = weights(learn.model)
+    learn.fit(1)
+    assert same(weights(learn.model), before)
+
+
+def test_bfloat16_instead_of_float16_depends_on_where_it_trains(monkeypatch):
+    learn = line_learner().to_fp16()
+    with pytest.warns(UserWarning, match='bfloat16 instead'):
+        learn.fit(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        learn.fit(1)            # said once
+    monkeypatch.setattr(ml, 'FP16_DEVICES', {'cpu'})
+    learn.fit(1)
+    assert learn.mixed_precision.scaler, "on a device that can, it is float16 after all"
+
+
 # =============================================================================================
 lesson("Many processes", "DistributedCallback.before_fit DistributedCallback.before_train "
        "DistributedCallback.before_validate DistributedCallback.gather distrib_ctx",
@@ -3971,6 +4236,13 @@ with learn.distrib_ctx():
     result['reshuffled'] = [sorted(torch.cat(seen[i:i + 5]).tolist()) for i in (0, 5)], torch.cat(seen[:5]).tolist() != torch.cat(seen[5:]).tolist()
     learn.save('saved')
     learn.load('saved')
+    with learn.distrib_ctx():                                           # inside of itself
+        result['nested'] = len(learn.get_preds()[0]), learn.validate()[0] - learn.validate()[0]
+    learn.get_preds(dl=[(torch.ones(6, 10), torch.ones(6).long())], save_preds=os.path.join(folder, 'batch'))
+    result['one row'] = learn.validate(dl=ml.TensorLoader(torch.ones(1, 10), torch.ones(1).long()))
+    exported = ml.load_learner(learn.export()) if rank == 0 else None
+    assert exported is None or not hasattr(exported, 'distributed')
+learn.get_preds(save_preds=os.path.join(folder, 'alone'))
 assert learn.model is model and learn.dls.loaders == loaders and learn.parallel is None and not hasattr(learn, 'distributed')
 assert learn.logger is print
 learn.logger = lambda row: None
@@ -4018,6 +4290,27 @@ for loader in (DataLoader(Stream(), 4), [(torch.ones(4, 10), torch.ones(4).long(
             learn.fit(1)
         except TypeError as e:
             result.setdefault('errors', []).append(str(e))
+
+norm = learner('norm')
+norm.model.insert(1, nn.BatchNorm1d(16))
+norm.dls.valid = [norm.dls.valid.dataset.tensors]                       # no two processes can share a list
+def failing(self):
+    if self.epoch == 1 and Stop.stop: raise KeyError
+Stop.stop = True
+for _ in range(2):
+    with norm.distrib_ctx():
+        try:
+            norm.fit(2, cbs=[ml.Callback(before_train=failing), ml.SaveModelCallback(), ml.CheckpointCallback('norm')])
+        except KeyError:
+            Stop.stop = False
+result['buffers'] = [b.clone() for b in norm.model.buffers()]
+for again in ('', 'again'):
+    learn, seen = learner('subset', DataLoader(data, bs, sampler=torch.utils.data.SubsetRandomSampler(range(80)))), []
+    note = ml.Callback(after_batch=lambda self: self.training and seen.append(self.x[:, 0].clone()))
+    with learn.distrib_ctx():
+        learn.fit(1, cbs=note), learn.fit(1, cbs=note)
+    n = len(seen) // 2
+    result['orders' + again] = torch.cat(seen[:n]).tolist(), torch.cat(seen[n:]).tolist()
 
 class Count(nn.Module):                                                 # NaN in one process stops all of them
     def forward(self, pred, y): return pred.sum() * (float('nan') if rank == 0 else 1)
@@ -4094,7 +4387,7 @@ def test_only_the_first_process_prints_and_saves(together):
     for folder, done, _ in together:
         assert done.stdout.count('epoch  train_loss') == 2, "main: a table for each of its two fits, once: " + done.stdout
         files = sorted(f.name for f in (folder / 'models').iterdir())
-        assert files == ['best.pth', 'resumed.pth', 'run.pth', 'saved.pth'], "one file each, nothing half-written"
+        assert files == ['best.pth', 'model.pth', 'norm.pth', 'resumed.pth', 'run.pth', 'saved.pth'], "one file each, nothing half-written"
 
 
 def test_each_epoch_shuffles_anew_and_covers_all_rows(together):
@@ -4111,6 +4404,39 @@ def test_loaders_that_cannot_be_split_are_named(together):
             assert 'DataLoader cannot be split' in result['errors'][0] and 'list cannot be split' in result['errors'][1]
 
 
+def rows_in(folder):
+    return sum(len(torch.load(f)) for f in folder.iterdir())
+
+
+def test_files_of_predictions_hold_each_row_once(together):
+    for folder, _, _ in together:
+        assert rows_in(folder / 'p') == 37, "each process writes its share"
+        assert rows_in(folder / 'batch') == 6, "a list cannot be shared: one process reads it"
+        assert rows_in(folder / 'alone') == 37, "after the context, one process writes for all"
+
+
+def test_a_context_inside_of_itself_changes_nothing(together):
+    for _, _, results in together:
+        assert [r['nested'] for r in results] == [(37, 0.)] * len(results)
+
+
+def test_fewer_rows_than_processes_are_measured_too(together):
+    (_, _, [one]), (_, _, two) = together
+    assert all(nearly(r['one row'][:2], one['one row'][:2]) for r in two)
+
+
+def test_all_processes_end_with_the_same_running_means(together):
+    _, (_, _, [a, b]) = together
+    assert same(a['buffers'], b['buffers']), "or the saved model would not be the one that was measured"
+
+
+def test_orders_follow_the_seed_and_differ_between_fits(together):
+    for _, _, results in together:
+        for r in results:
+            assert r['orders'][0] != r['orders'][1], "the second fit shuffles in another way"
+            assert r['orders'] == r['ordersagain'], "set_seed decides"
+
+
 def test_nan_in_one_process_stops_all(together):
     _, (_, _, two) = together
     assert [r['nan'] for r in two] == [(1, True), (1, True)], "after one batch, before its step"
@@ -4119,10 +4445,10 @@ def test_nan_in_one_process_stops_all(together):
 def test_an_exception_in_one_process_ends_all(tmp_path):
     (tmp_path / 'script.py').write_text(TOGETHER.split('# 37 rows')[0] + """
 def fail(self):
-    if rank == 1 and self.iter == 2: raise ValueError('something of its own')
-learn = learner('fails', cbs=ml.Callback(after_pred=fail))
+    if rank == 1 and self.iter == 2 and self.epoch == 1: raise ValueError('something of its own')
+learn = learner('fails', cbs=[ml.Callback(after_pred=fail), ml.SaveModelCallback()])    # it would load the best
 with learn.distrib_ctx():
-    learn.fit(1)
+    learn.fit(2)
 """)
     start = time.monotonic()
     done = subprocess.run([*TORCHRUN, '2', str(tmp_path / 'script.py'), str(HERE), str(tmp_path)], timeout=120,
