@@ -178,11 +178,11 @@ def map_tensors(f, b):
     """Apply `f` to every tensor in `b`: a tensor, or nested tuples, lists and dicts."""
     if isinstance(b, torch.Tensor):
         return f(b)
-    if isinstance(b, dict):
-        return {k: map_tensors(f, v) for k, v in b.items()}
     if isinstance(b, (tuple, list)):
         items = [map_tensors(f, o) for o in b]
         return type(b)(*items) if hasattr(b, '_fields') else type(b)(items)
+    if isinstance(b, dict):
+        return {k: map_tensors(f, v) for k, v in b.items()}
     return b
 
 def to_device(b, device=None, non_blocking=False):
@@ -1242,34 +1242,36 @@ class Learner:
         self._stage('batch', self._one_batch, CancelBatchException)
 
     def _one_batch(self):
-        try:
-            self._predict_and_learn()
-        finally:    # these hold the graph, which must not outlive the batch
-            self.pred, self.loss = map_tensors(without_graph, (self.pred, self.loss))
-
-    def _predict_and_learn(self):
         model = self.parallel if self.training and self.parallel else self.model
-        with self.autocast():
-            self.pred = model(*self.xb)
-        self._fire('after_pred')
-        if self.yb:
-            with self.autocast():
-                self.loss = self.loss_func(self.pred, *self.yb)
-            self._fire('after_loss')
-        if self.yb and self.training:
-            opt, loss = self.opt or self.ensure_opt(), self.loss
-            self._stage('backward', self._backward, CancelBackwardException)
-            self.loss = loss    # before_backward may scale it, for the gradients alone
-            self._stage('step', opt.step, CancelStepException)
-            opt.zero_grad()
+        try:
+            self.pred = self.in_precision(model, *self.xb)
+            self._fire('after_pred')
+            if self.yb:
+                self.loss = self.in_precision(self.loss_func, self.pred, *self.yb)
+                self._fire('after_loss')
+            if self.yb and self.training:
+                self._learn()
+        finally:
+            if torch.is_grad_enabled():    # the graph must not outlive the batch
+                graph = (self.pred, self.loss)
+                self.pred, self.loss = map_tensors(without_graph, graph)
+
+    def _learn(self):
+        opt, loss = self.opt or self.ensure_opt(), self.loss
+        self._stage('backward', self._backward, CancelBackwardException)
+        self.loss = loss    # before_backward may scale it, for the gradients alone
+        self._stage('step', opt.step, CancelStepException)
+        opt.zero_grad()
 
     def _backward(self):
         self.loss.backward()
 
-    def autocast(self):
-        """The context of prediction and loss: that of `MixedPrecision`, if present."""
-        mixed_precision = vars(self).get('mixed_precision')
-        return mixed_precision.autocast() if mixed_precision else nullcontext()
+    def in_precision(self, f, *args):
+        """`f(*args)`, in the precision that `MixedPrecision` sets, if it is present."""
+        if 'mixed_precision' not in self.__dict__:
+            return f(*args)
+        with self.mixed_precision.autocast():
+            return f(*args)
 
     def _stage(self, name, body, cancel):
         """Fire before_<name>, run `body`, fire after_<name>; `cancel` ends it early.
@@ -1298,9 +1300,10 @@ class Learner:
         self._fire(f'after_{name}')
 
     def _fire(self, name):
-        if name not in self._handlers:
-            self._handlers[name] = self.ordered_cbs(name)
-        for cb in self._handlers[name]:
+        handlers = self._handlers.get(name)
+        if handlers is None:
+            handlers = self._handlers[name] = self.ordered_cbs(name)
+        for cb in handlers:
             try:
                 if cb.learn is self:    # it may have been removed by the one before
                     cb(name)
@@ -2259,8 +2262,8 @@ def validation_context(learn, cbs=None):
     printed; the model is on the device of `dls`, in evaluation mode, without gradients.
     Only what the model itself keeps, such as hidden states, is out of reach.
     """
-    kept = {k: getattr(learn, k) for k in ('dl', 'xb', 'yb', 'pred', 'loss', 'iter',
-                                           'n_iter', 'training', 'completed', 'failing')}
+    names = 'dl xb yb pred loss iter n_iter training completed failing'
+    kept = {k: getattr(learn, k) for k in names.split()}
     modes = {m: m.training for m in learn.model.modules()}
     resting = [cb for cb in learn.cbs if cb.rests]
     try:
