@@ -1,26 +1,38 @@
-"""Tests of minilearner.py. They are also its lessons, in the order of the file.
+"""Tests of minilearner.py, which are also a guided exercise: its lessons, in the file's order.
 
-    python -m pytest                 all of them
-    python -m pytest -k optimizer    those with a word in their name
+    pytest                                          the tests; in a handout, what to do next
+    pytest -k lesson03                              one lesson, whatever the state of the others
+    pytest -p no:guide                              in a handout: all tests, unlocked, no map
+    python test_minilearner.py handout DIR [N ...]  write the exercise: minilearner.py with blanks (in
+                                                    all lessons, or in these), and this file
+    python test_minilearner.py grade FILE ...       for teachers: which lessons does each file pass?
+                                                    It runs the students' code as it is, unguarded.
+    python test_minilearner.py check [full]         for teachers: can the lessons be solved in order?
 
 PyTorch and the plain loop are the oracles. Everything runs offline and without a GPU; with
 a GPU, the tests marked `needs_cuda` run as well.
 """
 import ast
+import bisect
 import concurrent.futures
 import contextlib
 import copy
 import doctest
 import functools
+import inspect
 import io
 import math
 import os
 import pickle
 import random
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
+import tokenize
+import traceback
 import types
 import warnings
 import weakref
@@ -37,21 +49,56 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))       # the minilearner.py beside this file, wherever we are
+FILE = HERE / 'minilearner.py'      # the one beside this file, wherever we are
+sys.path.insert(0, str(HERE))
+sys.modules.pop('minilearner', None)
+sys.dont_write_bytecode = True      # a .pyc hides an edit of the same size within the same second
 
-import minilearner as ml
+
+def stop(text):
+    """End the run with a short report: for what would break the collection of all tests."""
+    print(text) if __name__ == '__main__' else pytest.exit(text, returncode=1)
+    sys.exit(1)
+
+
+try:
+    import minilearner as ml
+except Exception as e:              # a half-typed line is part of learning, too
+    frames = [f for f in traceback.extract_tb(e.__traceback__) if Path(f.filename).resolve() == FILE]
+    text = ''.join(traceback.format_list(frames[-1:]) + traceback.format_exception_only(e))
+    stop(f"minilearner.py cannot be imported; mend this, and run pytest again:\n{text}")
+missing = sorted(set(re.findall(r'\bml\.(\w+)', Path(__file__).read_text(encoding='utf-8'))) - set(dir(ml)))
+if missing:
+    stop(f"minilearner.py has lost {', '.join(missing)}: was it renamed or deleted? The tests need the old name.")
 
 torch.set_num_threads(1)            # for small tensors, one is the fastest
-SOURCE = (HERE / 'minilearner.py').read_text(encoding='utf-8')
+SOURCE = FILE.read_text(encoding='utf-8')
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
-
+MARK = '# EXERCISE lessons'         # the first line of a handout's minilearner.py begins so
+IS_HANDOUT = SOURCE.startswith(MARK)
 LESSONS = []
 
 
 def lesson(title, exercises, hint, read):
     """Open a lesson: the tests below, up to the next call, check `exercises`."""
-    LESSONS.append((title, exercises.split(), hint, read))
+    LESSONS.append(types.SimpleNamespace(n=len(LESSONS) + 1, title=title, exercises=exercises.split(), hint=hint,
+                                         read=read, line=sys._getframe(1).f_lineno))
+
+
+def lesson_of(function):
+    """The lesson in which a test function stands."""
+    line = inspect.unwrap(function).__code__.co_firstlineno
+    return LESSONS[bisect.bisect([one.line for one in LESSONS], line) - 1]
+
+
+@pytest.fixture(autouse=True)
+def default_callbacks_of_the_lessons_so_far(request, monkeypatch):
+    """A Learner of a lesson begins without the callbacks that only a later lesson writes."""
+    first = {cb: min(one.n for one in LESSONS for name in one.exercises if name.startswith(f'{cb.__name__}.'))
+             for cb in ml.defaults.callbacks}
+    known = [cb for cb in ml.defaults.callbacks if first[cb] <= lesson_of(request.function).n]
+    monkeypatch.setattr(ml.defaults, 'callbacks', known)
 
 
 # -------------------------------------------------------------------- made-up data to train on
@@ -183,7 +230,7 @@ def test_plain_loop_weighs_a_small_last_batch_rightly():
 # =============================================================================================
 lesson("Small tools", "check check_not_negative add_note listify detuplify class2attr "
        "replacing_yield plain_number default_device map_tensors to_device gather_rows to_detach "
-       "to_detach_from_dl find_bs set_seed trainable_params norm_bias_params",
+       "to_detach_from_dl find_bs set_seed rng_state set_rng_state trainable_params norm_bias_params",
        hint="map_tensors calls itself on the items of tuples, lists and dicts", read="section 2")
 
 
@@ -1124,10 +1171,9 @@ def test_states_that_are_smaller_than_their_parameter_can_be_saved():
 
 
 # =============================================================================================
-lesson("Callbacks", "check_event Callback.__init__ Callback.__init_subclass__ Callback.__call__ "
+lesson("Callbacks", "Callback.__init__ Callback.__call__ "
        "Callback.defines Callback.__getattr__ Callback.__setattr__ Callback.__repr__ "
-       "sort_callbacks TrainEvalCallback.before_fit TrainEvalCallback.before_train "
-       "TrainEvalCallback.before_validate TrainEvalCallback.after_batch",
+       "sort_callbacks",
        hint="__getattr__ runs only for what Python found nowhere else", read="section 5")
 
 
@@ -1199,7 +1245,8 @@ def test_an_unregistered_callback_counts_as_training():
 
 
 # =============================================================================================
-lesson("Learner", "Learner.__init__ Learner.fit Learner._all_epochs Learner._one_epoch "
+lesson("Learner", "TrainEvalCallback.before_fit TrainEvalCallback.before_train "
+       "TrainEvalCallback.before_validate TrainEvalCallback.after_batch Learner.__init__ Learner.fit Learner._all_epochs Learner._one_epoch "
        "Learner.all_batches Learner.one_batch Learner._one_batch Learner._stage Learner._fire "
        "Learner._end_fit Learner.__call__ Learner.ordered_cbs Learner.cbs Learner.add_cbs "
        "Learner.remove_cbs Learner.added_cbs Learner.removed_cbs Learner.__getattr__ "
@@ -1747,8 +1794,44 @@ def test_a_partial_of_a_torch_optimizer_takes_groups():
     assert [(h['lr'], h['mom']) for h in learn.opt.hypers] == [(0.1, 0.9), (0.2, 0.9)]
 
 
+class Progress(ml.Callback):
+    """Has the name of the bar."""
+
+    def __init__(self, width=10): self.width = width
+
+
+def test_removed_callbacks_come_back_to_their_places():
+    class Other(ml.Callback): pass
+    learn = line_learner(cbs=[Progress(), Other()])
+    before = list(learn.cbs)
+    with learn.removed_cbs(Progress) as same_learner:
+        assert same_learner is learn and [cb.name for cb in learn.cbs] == ['train_eval', 'other'], "a class: all of it"
+        late = ml.Callback()
+        learn.add_cb(late)
+    assert learn.cbs == [*before, late], "equal orders run in the order of adding, so places matter"
+    with pytest.raises(ZeroDivisionError):
+        with learn.removed_cbs([before[1]]):
+            1 / 0
+    assert learn.cbs == [*before, late], "after an error, too"
+
+
+def test_no_bar_takes_the_callback_named_progress_away():
+    learn = line_learner(cbs=Progress)
+    for context in (learn.no_bar, learn.no_mbar):
+        with context():
+            assert not hasattr(learn, 'progress'), "no bar, no table"
+        assert hasattr(learn, 'progress')
+
+
+def test_arguments_of_learner_and_callbacks_can_be_looked_up():
+    learn = line_learner(cbs=Progress(7), lr=0.3)
+    args = learn.init_args
+    assert args['Learner.__init__.lr'] == 0.3 and args['Progress.__init__.width'] == 7, "by class, then name"
+    assert learn.gather_args() == args and 'Learner.__init__.self' not in args
+
+
 # =============================================================================================
-lesson("Metrics", "AvgMetric.reset AvgMetric.accumulate AvgMetric.batch_value AvgMetric.name "
+lesson("Metrics", "AvgMetric.reset AvgMetric.accumulate AvgMetric.batch_value "
        "AvgLoss.batch_value AvgSmoothLoss.accumulate AvgSmoothLoss.value ValueMetric.__init__ "
        "ObjectMetric.accumulate mk_metric accuracy error_rate",
        hint="a mean of batch means is wrong if the last batch is smaller: weigh by batch size",
@@ -1853,8 +1936,31 @@ def test_accuracy_and_error_rate_look_at_the_last_axis():
     assert ml.accuracy(pred, target).item() == 7 / 8 and ml.error_rate(pred, target).item() == 1 / 8
 
 
+class Largest:
+    """An object as in torchmetrics: the largest prediction so far."""
+
+    def reset(self): self.values = []
+
+    def update(self, pred, target): self.values.append((float(pred.max()), pred.requires_grad))
+
+    def compute(self): return max(self.values)[0]
+
+
+def test_objects_with_update_compute_and_reset_are_metrics():
+    metric = ml.mk_metric(Largest)
+    metric.reset()
+    for row in ([1., 5.], [3., 2.]):
+        pred = torch.tensor(row, requires_grad=True)
+        metric.accumulate(types.SimpleNamespace(pred=pred, yb=(torch.zeros(2),)))
+    assert metric.value == 5 and metric.name == 'largest', "compute looks at all batches"
+    assert not any(has_graph for _, has_graph in metric.metric.values), "the graph must not be kept with them"
+    metric.reset()
+    assert metric.metric.values == []
+
+
 # =============================================================================================
-lesson("Recorder and progress", "Recorder.before_fit Recorder.before_epoch Recorder.after_batch "
+lesson("Recorder and progress", "Recorder.before_fit Recorder.before_epoch Recorder.before_train "
+       "Recorder.before_validate Recorder.after_batch "
        "Recorder.after_train Recorder.after_validate Recorder.after_epoch Recorder.plot_loss "
        "format_time format_cell ProgressCallback.before_fit ProgressCallback.after_batch "
        "ProgressCallback.bar_text ProgressCallback.draw ProgressCallback.write_row",
@@ -2310,10 +2416,11 @@ def test_progress_needs_the_recorder_to_have_rows():
 
 
 # =============================================================================================
-lesson("Schedules", "annealer sched_lin sched_no sched_exp sched_cos SchedPoly combine_scheds "
+lesson("Schedules", "anneal sched_lin sched_poly sched_no sched_exp sched_cos SchedPoly combine_scheds "
        "combined_cos ParamScheduler.before_fit ParamScheduler.before_batch "
-       "ParamScheduler.after_fit fit_one_cycle fine_tune LRFinder.after_batch minimum steep valley "
-       "lr_find suggest_lrs rng_state set_rng_state Recorder.plot_sched Recorder.plot_lr_find",
+       "ParamScheduler.after_fit fit_one_cycle fine_tune LRFinder.before_fit "
+       "LRFinder.after_batch minimum steep valley "
+       "lr_find suggest_lrs Recorder.plot_sched Recorder.plot_lr_find",
        hint="pos is 0 at the start of a schedule and 1 at its end", read="section 9")
 
 
@@ -3129,7 +3236,8 @@ def test_passes_with_workers_see_other_augmentations_each_time():
 
 
 # =============================================================================================
-lesson("Saving", "bare_model bare_state save_model save_state load_state load_model check_weights "
+lesson("Saving", "bare_model bare_state save_model save_state load_state load_model put_weights "
+       "check_weights export check_picklable load_learner "
        "Learner.model_file Learner.save Learner.load",
        hint="write to another name, then os.replace: the old file is whole until the new one is",
        read="section 11")
@@ -3395,9 +3503,13 @@ def test_weights_load_into_lazy_layers(tmp_path):
 
 # =============================================================================================
 lesson("A shelf of callbacks", "TerminateOnNaNCallback.after_loss TrackerCallback.before_fit "
-       "TrackerCallback.after_epoch EarlyStoppingCallback.after_epoch SaveModelCallback.after_epoch "
-       "SaveModelCallback.after_fit GradientClip.before_step GradientAccumulation.before_step "
-       "ModelResetter.before_train RNNRegularizer.after_loss",
+       "TrackerCallback.after_epoch EarlyStoppingCallback.before_fit "
+       "EarlyStoppingCallback.after_epoch SaveModelCallback.before_fit SaveModelCallback.after_epoch "
+       "SaveModelCallback.after_fit GradientClip.before_step GradientAccumulation.before_train "
+       "GradientAccumulation.before_backward GradientAccumulation.after_backward "
+       "GradientAccumulation.before_step GradientAccumulation.after_batch GradientAccumulation.after_train "
+       "ModelResetter.before_train RNNRegularizer.after_pred RNNRegularizer.after_loss "
+       "RNNRegularizer.after_batch",
        hint="trackers read recorder.values after the Recorder has written them: a higher order",
        read="section 12")
 
@@ -4978,13 +5090,6 @@ def test_import_brings_nothing_but_torch():
 BANNER = re.compile(r'^# -{80,}\n# (\d+)\. [^\n:]+: [^\n]+\n# +Needs: [^\n]+ Tested by: lesson \d+\.\n# -{80,}$', re.M)
 
 
-def test_every_exercise_exists():
-    for title, exercises, hint, read in LESSONS:
-        assert hint and read, f"lesson {title} needs a hint and something to read"
-        for name in exercises:
-            functools.reduce(getattr, name.split('.'), ml)     # AttributeError: no such thing
-
-
 def test_banners_have_one_form():
     assert len(BANNER.findall(SOURCE)) == len(re.findall(r'^# \d+\. ', SOURCE, re.M)) >= 11
 
@@ -4994,44 +5099,6 @@ def test_the_file_may_be_cut_at_any_banner(i):
     cut = [m.start() for m in BANNER.finditer(SOURCE)][i]
     module = types.ModuleType('prefix')
     exec(compile(SOURCE[:cut], 'prefix', 'exec'), vars(module))
-
-
-# names that this file wants when it is imported, though the tests that run do not
-MISSING = """
-
-class Missing(type):
-    def __iter__(cls): return iter(())
-
-def __getattr__(name):
-    if name.startswith('__'): raise AttributeError(name)
-    return Missing(name, (), {})
-"""
-
-
-def names_in_lesson(n):
-    tree = ast.parse((HERE / 'test_minilearner.py').read_text(encoding='utf-8'))
-    starts = [node.lineno for node in tree.body if isinstance(node, ast.Expr)
-              and getattr(getattr(node.value, 'func', None), 'id', None) == 'lesson']
-    return [node.name for node in tree.body if isinstance(node, ast.FunctionDef)
-            and node.name.startswith('test_') and sum(s < node.lineno for s in starts) == n]
-
-
-def test_the_lesson_of_each_section_passes_with_the_file_cut_below_it(tmp_path):
-    cuts = [m.start() for m in BANNER.finditer(SOURCE)][1:]
-    def run(n):
-        folder = tmp_path / str(n)
-        folder.mkdir()
-        (folder / 'minilearner.py').write_text(SOURCE[:cuts[n - 1]] + MISSING, encoding='utf-8')
-        for name in ('test_minilearner.py', 'README.md'):
-            (folder / name).write_bytes((HERE / name).read_bytes())
-        tests = [f'test_minilearner.py::{name}' for name in names_in_lesson(n)]
-        command = [sys.executable, '-m', 'pytest', '-q', '--tb=line', '-p', 'no:cacheprovider', *tests]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True,
-                              env={**os.environ, 'OMP_NUM_THREADS': '1'})
-        return tests and (done.returncode == 0 or f'lesson {n}:\n{done.stdout[-2000:]}')
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(run, range(1, len(cuts) + 1)))
-    assert len(results) >= 12 and results == [True] * len(results), results
 
 
 def test_definitions_use_only_what_stands_above():
@@ -5049,7 +5116,7 @@ def test_definitions_use_only_what_stands_above():
         assert not later, f"line {node.lineno} uses {later}, from further down"
 
 
-README = (HERE / 'README.md').read_text(encoding='utf-8')
+README = '' if IS_HANDOUT else (HERE / 'README.md').read_text(encoding='utf-8')
 
 
 def test_readme_shows_what_its_example_really_prints():
@@ -5126,3 +5193,472 @@ def test_mnist1d_is_the_same_data_as_ever():
     assert x[0, 0, ::5].tolist() == pytest.approx([-0.137, -1.101, 0.089, 0.8, -1.671, -0.581, 0.46, 0.382], abs=2e-3)
     assert xt[-1, 0, ::5].tolist() == pytest.approx([-0.976, 0.027, 0.442, -0.244, -2.73, -0.346, 0.472, 1.303], abs=2e-3)
     assert x.abs().mean().item() == pytest.approx(0.7357, abs=1e-3), "else results are no longer comparable"
+
+
+# =============================================================================================
+# The exercise. Nothing below is part of a lesson.
+
+END = sys._getframe().f_lineno
+BLANK = re.compile(r'lesson (\d+): write ([\w.]+)')       # what a blank raises
+TO_SOLVE = [one for one in LESSONS if one.exercises]
+IN_WORKER = 'PYTEST_XDIST_WORKER' in os.environ
+
+# What is no exercise, and why. `Name` of a class stands for all its methods that are none.
+GIVEN = {
+    "it runs while the file is imported": "annealer check_event check_handler Callback.__init_subclass__",
+    "it keeps its arguments, no more": """
+        AvgMetric.__init__ AvgLoss.__init__ AvgSmoothLoss.__init__ ObjectMetric.__init__ Recorder.__init__
+        ParamScheduler.__init__ LRFinder.__init__ GatherPredsCallback.__init__ TrackerCallback.__init__
+        EarlyStoppingCallback.__init__ SaveModelCallback.__init__ CheckpointCallback.__init__ GradientClip.__init__
+        GradientAccumulation.__init__ MixedPrecision.__init__ RNNRegularizer.__init__ DistributedCallback.__init__""",
+    "it hands over, in a line": """
+        DataLoaders.__getitem__ Optimizer.set_hypers Optimizer.unfreeze OptimWrapper Learner.unfreeze
+        Learner.distrib_ctx Learner.to_detach Learner.fit_one_cycle Learner.fine_tune Learner.lr_find
+        Learner.validation_context Learner.validate Learner.get_preds Learner.predict Learner.show_results
+        Learner.tta Learner.export Learner.to_fp16 Learner.to_bf16 Learner.to_fp32 set_precision
+        LRFinder.before_validate ProgressCallback.before_train ProgressCallback.after_fit""",
+    "a blueprint: it does nothing": "Metric",
+    "speed alone, read it when all works": "TensorList StackedState is_fast stack_params",
+    "a page of its own on torch's many processes, until lesson 13": """
+        n_processes process_rank Learner.gather AvgMetric.gather AvgSmoothLoss.gather""",
+    "what a checkpoint needs, which is given as a whole": """
+        is_plain has_state Callback.state_dict Callback.load_state_dict Recorder.state_dict
+        Recorder.load_state_dict ProgressCallback.state_dict CheckpointCallback DistributedCallback
+        Optimizer.restore""",
+    "mixed precision is given as a whole": "MixedPrecision as_float32 Learner.in_precision",
+    "a helper without a thought of its own": """
+        func_name without_graph new_axes module_state bare_key DataLoaders.__getattr__ pick_loader
+        GatherMetricsCallback GatherPredsCallback.after_validate is_torch_loader loader_of_rows
+        own_generators new_generator keep_tensors keep_scaler generators_of""",
+    "drawing teaches little": "DataLoaders.show_batch",
+}
+
+
+def functions(node, prefix=''):
+    """(name with its class, node) of the functions of a module or class, not those inside functions."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef):
+            yield from functions(child, f'{prefix}{child.name}.')
+        if isinstance(child, ast.FunctionDef):
+            yield prefix + child.name, child
+
+
+def is_given(name):
+    given = ' '.join(GIVEN.values()).split()
+    return name in given or name.rpartition('.')[0] in given
+
+
+def start_of_body(node, lines, tokens):
+    """Where the body of a function begins: (line, column in characters), after its docstring if it has one."""
+    if ast.get_docstring(node) is not None:
+        doc = node.body[0]
+        return doc.end_lineno, len(lines[doc.end_lineno - 1].encode()[:doc.end_col_offset].decode())
+    depth = 0
+    for token in tokens:            # the colon that ends `def f(...) -> ...:`
+        if token.start >= (node.lineno, 0) and token.type == tokenize.OP:
+            depth += (token.string in '([{') - (token.string in ')]}')
+            if token.string == ':' and not depth:
+                return token.end
+
+
+def end_of_body(node, lines):
+    """Its last line, with the comments behind it that are indented like the body: they may give it away."""
+    end = node.end_lineno
+    for i, text in enumerate(lines[end:], end + 1):
+        indent = len(text) - len(text.lstrip())
+        if text.strip() and (text.lstrip()[0] != '#' or indent <= node.col_offset):
+            break
+        end = i if text.strip() else end
+    return end
+
+
+def blank(source, lessons):
+    """`source` where the bodies of the exercises of `lessons` raise; all else to the letter."""
+    wanted = {name: f'lesson {one.n}: write {name}' for one in lessons for name in one.exercises}
+    lines = io.StringIO(source).readlines()         # splitlines would cut at form feeds, too
+    tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
+    for name, node in sorted(functions(ast.parse(source)), key=lambda pair: -pair[1].lineno):
+        if name in wanted:
+            line, column = start_of_body(node, lines, tokens)
+            own_line = node.body[-1].lineno > line or ast.get_docstring(node) is not None
+            gap = '\n' + ' ' * (node.col_offset + 4) if own_line else ' '
+            text = f'{lines[line - 1][:column]}{gap}raise NotImplementedError("{wanted[name]}")\n'
+            lines[line - 1:end_of_body(node, lines)] = [text]
+    return ''.join(lines)
+
+
+def handout_text(source, lessons):
+    numbers = ' '.join(str(one.n) for one in lessons)
+    return f'{MARK} {numbers}: write what raises NotImplementedError; pytest says what is next\n{blank(source, lessons)}'
+
+
+def exercises_now(one):
+    """{name: (line, whether it is still blank)} of the exercises of a lesson, in the order of the file."""
+    try:
+        found = [(name, node) for name, node in functions(ast.parse(FILE.read_text(encoding='utf-8')))
+                 if name in one.exercises]
+    except SyntaxError:
+        return {}
+    blanks = {name for name, node in found for part in node.body if BLANK.search(ast.unparse(part))}
+    return {name: (node.lineno, name in blanks) for name, node in reversed(found)}
+
+
+class Guide:
+    """The pytest plugin of a handout: lessons in order, one thing to do at a time, and a map at the end."""
+
+    def __init__(self):
+        self.waits, self.failed, self.seen, self.passed = None, [], {}, {}
+
+    def pytest_itemcollected(self, item):
+        if isinstance(item, pytest.Function):       # not the doctests of --doctest-modules
+            item.extra_keyword_matches.add(f'lesson{lesson_of(item.function).n:02}')
+
+    @pytest.hookimpl(trylast=True)      # after pytest-randomly
+    def pytest_collection_modifyitems(self, config, items):
+        if not IS_HANDOUT:
+            return
+        if config.option.tbstyle == 'auto':
+            config.option.tbstyle = 'short'
+        mine = [item for item in items if isinstance(item, pytest.Function) and lesson_of(item.function) in TO_SOLVE]
+        items[:] = sorted(mine, key=lambda item: inspect.unwrap(item.function).__code__.co_firstlineno)
+        lessons = {lesson_of(item.function).n for item in mine}
+        # now, not when a test fails, so that the processes of pytest-xdist agree
+        self.first_blank = min([n for n in lessons if any(b for _, b in exercises_now(LESSONS[n - 1]).values())],
+                               default=math.inf)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item):
+        if IS_HANDOUT and self.waits:
+            pytest.skip(f'locked: first pass {self.waits}')
+        if IS_HANDOUT and lesson_of(item.function).n > self.first_blank:
+            pytest.skip(f'locked: first finish lesson {self.first_blank}')
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_makereport(self, item, call):
+        outcome = yield
+        report = outcome.get_result()
+        if IS_HANDOUT and report.failed:
+            self.waits = self.waits or item.name
+            self.explain(report, item, call.excinfo)
+
+    def explain(self, report, item, excinfo):
+        """Say in a few lines what failed, and what to do."""
+        own, hint = lesson_of(item.function), None
+        found = BLANK.search(str(excinfo.value)) if excinfo.errisinstance(NotImplementedError) else None
+        lost = [name for name in own.exercises if name not in exercises_now(own)]
+        if found:
+            n, name = int(found[1]), found[2]
+            line, _ = exercises_now(LESSONS[n - 1]).get(name, ('?', True))
+            report.longrepr = f'to write: {name} (minilearner.py:{line}) of lesson {n}'
+            if n != own.n:
+                hint = f'this test of lesson {own.n} needs {name} of lesson {n}: write that first'
+            elif not IN_WORKER:     # not wrong, only not written: no red; the exit status says it, see below
+                line = inspect.unwrap(item.function).__code__.co_firstlineno
+                report.outcome, report.longrepr = 'skipped', (__file__, line, report.longrepr)
+        elif item.config.option.tbstyle == 'short':     # only frames of the student's file and of this one
+            ours = {FILE, Path(__file__).resolve()}
+            report.longrepr = excinfo.getrepr(style='short', tbfilter=lambda info: info.traceback.filter(
+                lambda frame: Path(frame.path).resolve() in ours) or info.traceback)
+        if lost:
+            hint = f"minilearner.py has no {', '.join(lost)} any more: was it renamed or deleted?"
+        if hint or IN_WORKER:
+            report.sections.append(('hint', hint or own.hint))
+
+    def pytest_runtest_logreport(self, report):
+        name = report.nodeid.partition('::')[2].partition('[')[0]
+        if not hasattr(sys.modules[__name__], name):
+            return
+        n = lesson_of(globals()[name]).n
+        self.seen.setdefault(n, set()).add(report.nodeid)
+        if report.failed or 'to write: ' in str(report.longrepr):
+            self.failed.append((n, name))
+        elif report.passed and report.when == 'call':
+            self.passed.setdefault(n, set()).add(report.nodeid)
+
+    def pytest_report_teststatus(self, report):
+        if report.skipped and 'locked: ' in str(report.longrepr):
+            return 'locked', '-', 'LOCKED'
+        if report.skipped and 'to write: ' in str(report.longrepr):
+            return 'to write', 'w', ('TO WRITE', {'yellow': True})
+
+    def pytest_sessionfinish(self, session, exitstatus):
+        if self.failed and exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    @pytest.hookimpl(hookwrapper=True, tryfirst=True)
+    def pytest_terminal_summary(self, terminalreporter, config):
+        yield       # so that the map comes after all that pytest has to say
+        if IS_HANDOUT and self.seen:
+            self.draw_map(terminalreporter, config)
+
+    def draw_map(self, out, config):
+        here = LESSONS[min(self.failed)[0] - 1] if self.failed else None
+        skipped = {n for n in self.seen if n not in self.passed and not here}
+        done = [n for n in self.seen if n in skipped or not any(n == m for m, _ in self.failed)
+                and n < (here.n if here else math.inf)]
+        out.section('you are here', '-')
+        handed = re.findall(r'\d+', SOURCE.partition(':')[0])
+        for one in TO_SOLVE:
+            blanks = sum(is_blank for _, is_blank in exercises_now(one).values())
+            style, text = {}, 'locked' if one.n in self.seen else f'not in this run, {blanks} to write'
+            if one is here:
+                style = {'bold': True, 'yellow': True}
+                text = f'<-- {len(self.passed.get(one.n, ()))} of {len(self.seen[one.n])} tests pass'
+            elif one.n in done:
+                style, text = {'green': True}, 'done' if str(one.n) in handed else 'given'
+            out.write_line(f'  {one.n:2}  {one.title:24} {text}', **style)
+        out.write_line('')
+        self.praise(out, config, done)
+        if here:
+            self.show_task(out, here)
+        elif len(self.seen) < len(TO_SOLVE):
+            out.write_line('These tests pass. Plain pytest runs all lessons.')
+        else:
+            out.write_line(f'All {len(TO_SOLVE)} lessons pass: minilearner is yours.', green=True, bold=True)
+
+    def praise(self, out, config, done):
+        """Show success before the next thing to do."""
+        cache = getattr(config, 'cache', None)
+        if cache and len(self.seen) == len(TO_SOLVE):
+            before = cache.get('minilearner/done', len(done))
+            cache.set('minilearner/done', len(done))
+            if len(done) > before:
+                out.write_line(f'Lesson {max(done)} passes, well done.\n', green=True)
+
+    def show_task(self, out, here):
+        out.write_line(f'Lesson {here.n} of {len(TO_SOLVE)}: {here.title}', bold=True)
+        for name, (line, is_blank) in exercises_now(here).items():
+            out.write_line(f"  {'write  ' if is_blank else 'written'}  minilearner.py:{line:<5} {name}")
+        out.write_line(f'  hint     {here.hint}\n  read     {here.read}\n  then     pytest\n')
+        test = inspect.unwrap(globals()[min(self.failed, key=lambda pair: pair[0])[1]])
+        line = test.__code__.co_firstlineno
+        out.write_line(f'The test that waits, test_minilearner.py:{line}:\n\n{inspect.getsource(test).rstrip()}\n')
+
+
+def pytest_generate_tests(metafunc):
+    """The only hook that pytest calls in a test module; early enough to bring in the others."""
+    manager = metafunc.config.pluginmanager
+    if not manager.has_plugin('guide'):
+        manager.register(Guide(), 'guide')
+
+
+# ---- the cheap part of the proof that the exercise can be solved
+
+def without_bodies(source, names):
+    tree = ast.parse(source)
+    for name, node in functions(tree):
+        if name in names:
+            node.body = [ast.Pass()]
+    return ast.dump(tree)
+
+
+if not IS_HANDOUT:
+    def test_blanks_change_bodies_and_nothing_else():
+        names = [name for one in TO_SOLVE for name in one.exercises]
+        assert len(set(names)) == len(names) >= 60 and len(TO_SOLVE) >= 12, "each exercise in one lesson"
+        blanked = blank(SOURCE, TO_SOLVE)
+        assert without_bodies(blanked, names) == without_bodies(SOURCE, names)
+        assert len(BLANK.findall(blanked)) >= len(names)
+        exec(compile(blanked, 'blank', 'exec'), {'__name__': 'blank'})      # no blank is called on import
+        docs = [[ast.get_docstring(node) for _, node in functions(ast.parse(s))] for s in (blanked, SOURCE)]
+        assert docs[0] == docs[1], "the docstrings stay"
+
+    def test_every_function_is_an_exercise_or_given_on_purpose():
+        known = dict(functions(ast.parse(SOURCE)))
+        names = [name for one in TO_SOLVE for name in one.exercises]
+        assert set(names) <= known.keys(), f"no such function: {set(names) - known.keys()}"
+        public = [name for name in known if not re.search(r'(^|\.)_[^_]', name)]
+        left = [name for name in public if name not in names and not is_given(name)]
+        assert not left, f"neither an exercise nor in GIVEN: {left}"
+        both = set(names) & set(' '.join(GIVEN.values()).split())
+        assert not both, f"an exercise and given: {both}"
+        classes = {name.rpartition('.')[0] for name in known}
+        unknown = set(' '.join(GIVEN.values()).split()) - known.keys() - classes
+        assert not unknown, f"GIVEN has what is not there: {unknown}"
+
+    def test_every_lesson_has_a_hint_and_something_to_read():
+        for one in TO_SOLVE:
+            assert one.hint and one.read, one.title
+
+    def test_lessons_use_only_sections_that_stand_above():
+        starts = [SOURCE[:m.start()].count('\n') + 1 for m in BANNER.finditer(SOURCE)]
+        where = {node.name: bisect.bisect(starts, node.lineno) for node in ast.parse(SOURCE).body
+                 if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        for name, function in list(globals().items()):
+            if name.startswith('test_') and callable(function) and lesson_of(function) in TO_SOLVE:
+                n = lesson_of(function).n
+                used = re.findall(r'\bml\.(\w+)', inspect.getsource(function))
+                later = {u for u in used if where.get(u, 0) > n}
+                assert not later, f"{name} of lesson {n} uses {later}"
+
+
+# ---- python test_minilearner.py COMMAND
+
+def handout(folder, *numbers):
+    """Write the exercise into `folder`; lessons `numbers` are blank, or all of them."""
+    folder = Path(folder).resolve()
+    if IS_HANDOUT:
+        return "this is a handout already"
+    if HERE == folder or HERE in folder.parents:
+        return f"{folder} is inside of the repository, whose own tests it would disturb: choose another place"
+    if folder.exists() and any(folder.iterdir()):
+        return f"{folder} is not empty, and nothing is overwritten: choose another place"
+    unknown = [n for n in numbers if n not in {str(one.n) for one in TO_SOLVE}]
+    if unknown:
+        return f"no lesson {', '.join(unknown)}: there are 1 to {len(TO_SOLVE)}"
+    lessons = [one for one in TO_SOLVE if not numbers or str(one.n) in numbers]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / FILE.name).write_text(handout_text(SOURCE, lessons), encoding='utf-8', newline='\n')
+    for file in (Path(__file__), HERE / 'requirements.txt'):
+        shutil.copy(file, folder)
+    n = sum(len(one.exercises) for one in lessons)
+    print(f"{n} exercises in {len(lessons)} lessons. Next: cd {folder}, then pytest")
+
+
+class Tell:
+    """A pytest plugin that writes each result to a file at once: a test that hangs loses only itself."""
+
+    def __init__(self, file):
+        self.file = open(file, 'a', encoding='utf-8')
+
+    def tell(self, *words):
+        print(*words, file=self.file, flush=True)
+
+    def pytest_runtest_logstart(self, nodeid):
+        self.tell('start', nodeid)
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            self.tell('failed', report.nodeid)
+        elif report.when == 'call':
+            self.tell('passed', report.nodeid)
+
+
+def outcomes(source, patience=60):
+    """Run all tests on `source`, unlocked, in another process: {lesson: {test: whether it passed}}.
+
+    patience: seconds without news, after which the test that runs is taken for an endless loop.
+    """
+    results = {one.n: {} for one in TO_SOLVE}
+    with tempfile.TemporaryDirectory() as folder:
+        folder, deselected = Path(folder), []
+        (folder / FILE.name).write_text(source, encoding='utf-8', newline='\n')
+        shutil.copy(__file__, folder)
+        while True:
+            started = run_and_tell(folder, deselected, patience, results)
+            if started is None:
+                return results
+            results[number_of(started)][started] = False
+            names = [test for tests in results.values() for test in tests]
+            deselected = [word for name in names for word in ('--deselect', f'{Path(__file__).name}::{name}')]
+
+
+def number_of(test):
+    return lesson_of(globals()[test.partition('[')[0]]).n
+
+
+def run_and_tell(folder, deselected, patience, results):
+    """One run of pytest, into `results`; returns the test that hung, if one did."""
+    log = folder / 'log'
+    log.write_text('')
+    command = [sys.executable, Path(__file__).name, 'tell', str(log), '-q', '-p', 'no:guide', '-p', 'no:cacheprovider',
+               '--rootdir', str(folder), '-c', os.devnull, *deselected]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    size, since, hung = 0, time.monotonic(), False
+    while process.poll() is None and not hung:
+        time.sleep(0.05)
+        if log.stat().st_size > size:
+            size, since = log.stat().st_size, time.monotonic()
+        hung = time.monotonic() - since > patience
+    process.kill()
+    process.wait()
+    started = None
+    for line in log.read_text(encoding='utf-8').splitlines():
+        word, _, test = line.partition(' ')
+        test = test.partition('::')[2]
+        if word == 'start':
+            started = test
+        elif lesson_of(globals()[test.partition('[')[0]]) in TO_SOLVE:
+            lesson_results = results[number_of(test)]
+            lesson_results[test] = word == 'passed' and lesson_results.get(test, True)
+    return started if hung else None
+
+
+def tell(log, *args):
+    return pytest.main([*args, Path(__file__).name], plugins=[Tell(log)])
+
+
+def grade(*files):
+    """Say which lessons each file passes; the code in it runs, as it is."""
+    for file in map(Path, files):
+        file = file / FILE.name if file.is_dir() else file
+        results = outcomes(f"{MARK} of a student\n{file.read_text(encoding='utf-8')}")
+        passed = {n: bool(tests) and all(tests.values()) for n, tests in results.items()}
+        print(f"{sum(passed.values()):2} of {len(passed)} lessons, without {[n for n in passed if not passed[n]]}: {file}",
+              flush=True)
+
+
+class Calls:
+    """A pytest plugin that notes which exercises each test calls."""
+
+    def __init__(self):
+        self.by_test, self.starts = {}, {}
+        names = {name for one in TO_SOLVE for name in one.exercises}
+        for name, node in functions(ast.parse(SOURCE)):
+            if name in names:
+                first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+                self.starts.update(dict.fromkeys(range(first, node.body[0].lineno), name))
+
+    def pytest_collection_modifyitems(self, items):
+        items[:] = [item for item in items if isinstance(item, pytest.Function)
+                    and number_of(item.name) in {one.n for one in TO_SOLVE}]
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_call(self, item):
+        called = self.by_test.setdefault(item.name.partition('[')[0], set())
+
+        def note(frame, event, arg):
+            if event == 'call' and frame.f_code.co_filename == str(FILE):
+                called.add(self.starts.get(frame.f_code.co_firstlineno))
+        sys.setprofile(note)
+        try:
+            yield
+        finally:
+            sys.setprofile(None)
+
+
+def check(full=''):
+    """Say whether the lessons can be solved in order; `full` really runs them, for every prefix."""
+    home = {name: one.n for one in TO_SOLVE for name in one.exercises}
+    calls, wrong, needed, users = Calls(), [], set(), {name: set() for name in home}
+    lines = ['-q', '--no-header', '-p', 'no:cacheprovider', str(Path(__file__))]
+    if pytest.main(lines, plugins=[calls]):
+        return "the tests do not pass"
+    for test, called in calls.by_test.items():
+        n, called = lesson_of(globals()[test]).n, called - {None}
+        if lesson_of(globals()[test]) in TO_SOLVE:
+            needed |= {name for name in called if home[name] == n}
+            for name in called:
+                users[name].add(n)
+            later = sorted(name for name in called if home[name] > n)
+            wrong += [f"{test} of lesson {n} needs {', '.join(later)}"] if later else []
+    needed |= {name for name in home if name.startswith('Distributed')}    # it runs in other processes
+    wrong += [f"{name}: no test of its lesson {n} needs it, but {sorted(k for k in users[name])}"
+              for name, n in home.items() if name not in needed]
+    for k in range(len(TO_SOLVE) + 1) if full else []:
+        results = outcomes(handout_text(SOURCE, TO_SOLVE[k:]))
+        for n, tests in results.items():
+            failed = [test for test, passed in tests.items() if not passed]
+            wrong += [f"with lessons 1 to {k} written, {test} of lesson {n} fails" for test in failed if n <= k]
+            if n > k and not failed or not tests:
+                wrong.append(f"with lessons 1 to {k} written, lesson {n} passes")
+        print(f"lessons 1 to {k} written: {sum(map(bool, wrong))} findings", flush=True)
+    print(*wrong or [f"sound: {len(TO_SOLVE)} lessons, {len(home)} exercises"], sep='\n')
+    return bool(wrong)
+
+
+if __name__ == '__main__':
+    commands = {'handout': handout, 'grade': grade, 'check': check, 'tell': tell}
+    command, *words = sys.argv[1:] or ['']
+    sys.exit(commands[command](*words) if command in commands else
+             pytest.main([str(Path(__file__)), *sys.argv[1:]], plugins=[Guide()]))
