@@ -5492,6 +5492,21 @@ if not IS_HANDOUT:
                 assert not later, f"{name} of lesson {n} uses {later}"
 
 
+    def test_readme_shows_what_a_student_sees():
+        first, n = TO_SOLVE[0], sum(len(one.exercises) for one in TO_SOLVE)
+        test = inspect.getsource(test_plain_loop_is_gradient_descent)
+        for text in (f'{n} functions in {len(TO_SOLVE)} lessons', f'Lesson 1 of {len(TO_SOLVE)}: {first.title}',
+                     f'hint     {first.hint}\n  read     {first.read}', test, 'zero_grad ends every step'):
+            assert text in README, f"README should have: {text}"
+
+    def test_handouts_go_only_where_they_disturb_nothing(tmp_path):
+        (tmp_path / 'notes.txt').write_text('mine')
+        assert 'not empty' in handout(tmp_path), "nothing is overwritten"
+        assert 'inside of the repository' in handout(HERE / 'exercise')
+        assert 'no lesson 99' in handout(tmp_path / 'new', '99')
+        assert [file.name for file in tmp_path.iterdir()] == ['notes.txt'], "a refusal leaves nothing behind"
+
+
 # ---- python test_minilearner.py COMMAND
 
 def handout(folder, *numbers):
