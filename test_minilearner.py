@@ -228,6 +228,24 @@ def test_plain_loop_weighs_a_small_last_batch_rightly():
     assert not model.training, "after validation the model is in evaluation mode"
 
 
+class Modes(nn.Module):
+    """Notes in which mode it is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin, self.modes = nn.Linear(1, 1), []
+
+    def forward(self, x):
+        self.modes.append('train' if self.training else 'eval')
+        return self.lin(x)
+
+
+def test_plain_loop_puts_the_model_into_the_right_mode_each_time():
+    model, batch = Modes(), line_data(4)
+    ml.fit_plain(model, [batch, batch], [batch], F.mse_loss, torch.optim.SGD(model.parameters(), 0.1), 2)
+    assert model.modes == ['train', 'train', 'eval'] * 2, "dropout and batch norm work in another way in each"
+
+
 # =============================================================================================
 lesson("Small tools", "check check_not_negative add_note listify detuplify class2attr "
        "replacing_yield plain_number default_device map_tensors to_device gather_rows to_detach "
@@ -414,11 +432,22 @@ def test_random_numbers_go_back_to_a_kept_state():
     assert draw() == first, "Python's, NumPy's and torch's generators"
 
 
+def test_names_of_functions_and_objects():
+    class TopScoreMetric: pass
+    partial = functools.partial(F.mse_loss, reduction='sum')
+    assert [ml.func_name(f) for f in (F.mse_loss, partial, TopScoreMetric())] == ['mse_loss', 'mse_loss', 'top_score']
+
+
+def test_plain_values_can_be_read_again_without_running_code():
+    assert ml.is_plain({'a': [1, (2., None, 'b', True)], 3: torch.ones(1)})
+    for odd in (object(), {'a': object()}, {object(): 1}, [{1}], torch.float32):
+        assert not ml.is_plain(odd), f"{odd} would need code of its own"
+
+
 # =============================================================================================
 lesson("Data", "TensorLoader.__init__ TensorLoader.__len__ TensorLoader.__iter__ "
        "DataLoaders.__init__ DataLoaders.from_tensors DataLoaders.from_dsets "
-       "DataLoaders.split_batch DataLoaders.one_batch DataLoaders.decoded DataLoaders.to "
-       "show_samples mnist1d",
+       "DataLoaders.split_batch DataLoaders.one_batch DataLoaders.decoded DataLoaders.to",
        hint="torch.randperm makes an order; order.split(bs) cuts it; index_select takes rows",
        read="section 3")
 
@@ -1245,6 +1274,40 @@ def test_an_unregistered_callback_counts_as_training():
     assert cb('after_loss') is None
 
 
+class Owner:
+    """What stands in for a learner."""
+
+    kind = 'class attribute'
+
+    def __init__(self): self.mine, self.before_fit, self._handlers = 1, 2, {'before_fit': []}
+
+
+def test_an_event_of_the_model_is_no_event_of_the_callback():
+    cb = ml.Callback()
+    cb.learn = Owner()
+    assert cb.mine == 1 and not hasattr(cb, 'before_fit'), "events are never delegated"
+    assert not hasattr(cb, '__len__'), "nor what Python asks for itself"
+
+
+@pytest.mark.parametrize('name', ['mine', 'kind'])
+def test_shadowing_warns_for_attributes_of_instance_and_class(name):
+    cb = ml.Callback()
+    cb.learn = Owner()
+    with pytest.warns(UserWarning, match=rf'shadowing an attribute \({name}\)'):
+        setattr(cb, name, 0)
+
+
+@pytest.mark.parametrize('name', ['order', 'run_before', 'run_after', 'after_fit'])
+def test_what_decides_the_order_makes_the_learner_ask_again(name):
+    cb = ml.Callback()
+    cb.learn = Owner()
+    setattr(cb, name, () if 'run' in name else len)
+    assert cb.learn._handlers == {}, "who is called, and when, has to be found out again"
+    cb.learn._handlers = {'before_fit': []}
+    cb.note = 1
+    assert cb.learn._handlers, "but not for any other attribute"
+
+
 # =============================================================================================
 lesson("Learner", "TrainEvalCallback.before_fit TrainEvalCallback.before_train "
        "TrainEvalCallback.before_validate TrainEvalCallback.after_batch Learner.__init__ Learner.fit Learner._all_epochs Learner._one_epoch "
@@ -1829,6 +1892,23 @@ def test_arguments_of_learner_and_callbacks_can_be_looked_up():
     args = learn.init_args
     assert args['Learner.__init__.lr'] == 0.3 and args['Progress.__init__.width'] == 7, "by class, then name"
     assert learn.gather_args() == args and 'Learner.__init__.self' not in args
+
+
+def test_a_negative_rate_is_refused_when_the_learner_is_made():
+    with pytest.raises(ValueError, match='lr=-1'):
+        line_learner(lr=-1)
+
+
+def test_an_own_class_of_optimizer_is_called_as_it_is():
+    class Mine(ml.Optimizer):
+        def __init__(self, params, lr): super().__init__(params, ml.sgd_step, lr=lr)
+    learn = line_learner(opt_func=Mine)
+    learn.fit(1)
+    assert type(learn.opt) is Mine, "only torch's classes need a wrapper"
+
+
+def test_one_process_gathers_what_it_has_itself():
+    assert line_learner().gather(3) == [3]
 
 
 # =============================================================================================
@@ -2416,6 +2496,43 @@ def test_progress_needs_the_recorder_to_have_rows():
     assert printed(learn) == '', "no Recorder: nothing to show, and no error"
 
 
+def test_training_metrics_begin_anew_in_each_epoch():
+    learn = line_learner(metrics=lambda pred, y: float(learn.epoch))
+    learn.recorder.train_metrics = True
+    learn.fit(2)
+    assert [row[1] for row in learn.recorder.values] == [0, 1], "not the mean over both epochs"
+
+
+def test_the_bar_moves_at_most_ten_times_a_second(monkeypatch):
+    learn, now, drawn = line_learner(), [0.], []
+    monkeypatch.setattr(ml.time, 'perf_counter', lambda: now[0])
+    cb = learn.progress
+    monkeypatch.setattr(cb, 'draw', drawn.append)
+    cb.has_bar, learn.n_iter, learn.smooth_loss = True, 9, None
+    cb.before_train()
+    for now[0] in (0.05, 0.09, 0.15, 0.2, 0.26, 0.3):
+        cb.after_batch()
+    assert len(drawn) == 2, "at 0.15 and 0.26: reading the loss makes the loop wait"
+
+
+def test_the_bar_is_gone_after_the_fit(capsys):
+    cb = line_learner().progress
+    cb.draw('half way')
+    cb.after_fit()
+    assert capsys.readouterr().out == '\rhalf way\r' + ' ' * 8 + '\r'
+
+
+def test_the_history_goes_on_from_its_state():
+    learn = line_learner()
+    learn.fit(2)
+    state = copy.deepcopy(learn.recorder.state_dict())
+    other = line_learner()
+    other.recorder.before_fit()
+    other.recorder.load_state_dict(state)
+    assert other.recorder.values == learn.recorder.values and other.recorder.smooth.count == 8
+    assert float(other.recorder.smooth.value) == float(learn.recorder.smooth.value) == float(other.smooth_loss)
+
+
 # =============================================================================================
 lesson("Schedules", "anneal sched_lin sched_poly sched_no sched_exp sched_cos SchedPoly combine_scheds "
        "combined_cos ParamScheduler.before_fit ParamScheduler.before_batch "
@@ -2959,6 +3076,15 @@ def test_lr_find_puts_back_the_generator_of_a_batch_sampler():
     assert same(fitted(True), fitted(False))
 
 
+def test_lr_find_tries_on_a_copy_of_the_scaler():
+    scaler = torch.amp.GradScaler('cpu')
+    cb = types.SimpleNamespace(scaler=scaler)
+    restore = ml.keep_scaler(cb)
+    assert cb.scaler is not scaler and cb.scaler.get_scale() == scaler.get_scale()
+    restore()
+    assert cb.scaler is scaler
+
+
 # =============================================================================================
 lesson("Inference", "validation_context run_validation ordered_loader GatherMetricsCallback.after_batch "
        "validate GatherPredsCallback.before_validate GatherPredsCallback.after_batch "
@@ -3234,6 +3360,14 @@ def test_passes_with_workers_see_other_augmentations_each_time():
     learn = line_learner(ml.DataLoaders(DataLoader(Jitter(), 2, num_workers=1), device='cpu'))
     first, second = learn.get_preds(0)[0], learn.get_preds(0)[0]
     assert not torch.equal(first, second), "tta would average n equal passes"
+
+
+@pytest.mark.parametrize('loss_func', [nn.BCEWithLogitsLoss(), F.binary_cross_entropy_with_logits,
+                                       functools.partial(F.binary_cross_entropy_with_logits, reduction='mean')])
+def test_binary_cross_entropy_goes_with_sigmoid_and_threshold(loss_func):
+    act, decodes = ml.act_and_decodes(loss_func)
+    t = torch.tensor([-1., 2.])
+    assert torch.equal(act(t), t.sigmoid()) and decodes(act(t)).tolist() == [False, True]
 
 
 # =============================================================================================
@@ -4579,8 +4713,17 @@ def test_without_torchrun_it_says_what_to_type():
     assert len(learn.recorder.losses) == 4 and learn.gather(7) == [7], "the one process trains alone"
 
 
+def test_several_processes_need_a_device_that_torch_can_join(monkeypatch):
+    monkeypatch.setattr(torch.distributed, 'is_torchelastic_launched', lambda: True)
+    learn = line_learner()
+    learn.dls.device = torch.device('meta')
+    with pytest.raises(ValueError, match="no several processes on meta"):
+        with learn.distrib_ctx(): pass
+    assert not hasattr(learn, 'distributed')
+
+
 # =============================================================================================
-lesson("Demo", "small_cnn demo draw_demo", hint="run it: python minilearner.py", read="section 14")
+lesson("Demo", "small_cnn demo", hint="run it: python minilearner.py", read="section 14")
 
 
 def test_demo_says_how_well_it_went(tmp_path, capsys):
@@ -5281,7 +5424,8 @@ GIVEN = {
         func_name without_graph new_axes module_state bare_key DataLoaders.__getattr__ pick_loader
         GatherMetricsCallback GatherPredsCallback.after_validate is_torch_loader loader_of_rows
         own_generators new_generator keep_tensors keep_scaler generators_of""",
-    "drawing teaches little": "DataLoaders.show_batch",
+    "drawing teaches little": "DataLoaders.show_batch show_samples draw_demo",
+    "the recipe of a paper, to be read": "mnist1d",
 }
 
 
