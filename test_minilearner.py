@@ -457,6 +457,14 @@ def test_plain_values_can_be_read_again_without_running_code():
         assert not ml.is_plain(odd), f"{odd} would need code of its own"
 
 
+def test_a_loader_may_detach_in_its_own_way():
+    calls = []
+    own = types.SimpleNamespace(to_detach=lambda b, cpu, gather: calls.append((b, cpu, gather)))
+    ml.to_detach_from_dl(types.SimpleNamespace(dl=own), 'batch')
+    ml.to_detach_from_dl(types.SimpleNamespace(dl=own), 'batch', cpu=False, gather=False)
+    assert calls == [('batch', True, True), ('batch', False, False)]
+
+
 # =============================================================================================
 lesson("Data", "TensorLoader.__init__ TensorLoader.__len__ TensorLoader.__iter__ "
        "DataLoaders.__init__ DataLoaders.from_tensors DataLoaders.from_dsets "
@@ -1211,6 +1219,14 @@ def test_states_that_are_smaller_than_their_parameter_can_be_saved():
     assert other.opt.state, "the state has arrived"
     with pytest.raises(ValueError, match='another shape'):
         ml.OptimWrapper([nn.Parameter(torch.ones(2, 3))], torch.optim.Adafactor, lr=0.1).load_state_dict(opt.state_dict())
+
+
+def test_names_of_another_optimizer_can_be_mapped():
+    opt = ml.OptimWrapper([nn.Parameter(torch.ones(1))], torch.optim.SGD, hp_map={'lr': 'speed'}, lr=0.1, momentum=0.9)
+    assert opt.hypers == [{'speed': 0.1}], "the map says what is a hyper, and how it is called here"
+    opt.set_hyper('speed', 0.2)
+    assert opt.opt.param_groups[0]['lr'] == 0.2
+    assert ml.OptimWrapper.hp_map['lr'] == 'lr', "the map of others stays as it is"
 
 
 # =============================================================================================
@@ -1978,6 +1994,28 @@ def test_callbacks_of_one_class_may_share_a_name():
     with pytest.raises(TypeError, match='no callback'):
         learn.add_cb(3)
     assert len(learn.cbs) == 3, "after an error, none is added"
+
+
+@pytest.mark.parametrize('error, failing', [(ZeroDivisionError, True), (KeyboardInterrupt, True), (ml.CancelFitException, False)])
+def test_callbacks_know_whether_an_error_passes_through(error, failing):
+    seen = []
+    def fail(self): raise error
+    cb = ml.Callback(after_pred=fail, after_batch=lambda self: seen.append(self.learn.failing))
+    learn = line_learner(cbs=cb)
+    with contextlib.suppress(error):
+        learn.fit(1)
+    assert seen == [failing] and not learn.failing, "a Cancel is none; and all is over after the fit"
+
+
+def test_only_norm_layers_rest_when_they_are_frozen():
+    model = nn.Sequential(nn.Linear(1, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 1))
+    for layer in model[:2]:
+        layer.requires_grad_(False)
+    seen = []
+    look = ml.Callback(before_batch=lambda self: seen.append([m.training for m in self.model]))
+    look.run_valid = False
+    line_learner(model=model, train_bn=False, cbs=look).fit(1)
+    assert seen[0] == [True, False, True, True], "dropout goes on, though it has nothing to train"
 
 
 # =============================================================================================
@@ -3166,6 +3204,11 @@ def test_the_finder_ends_a_fit_of_as_many_epochs_as_batches():
     assert epochs == [6, 6], "an epoch may have a single batch: so there are enough"
 
 
+def test_lr_find_looks_where_the_documentation_says():
+    defaults = {k: v.default for k, v in inspect.signature(ml.lr_find).parameters.items()}
+    assert (defaults['start_lr'], defaults['end_lr'], defaults['num_it']) == (1e-7, 10, 100)
+
+
 # =============================================================================================
 lesson("Inference", "validation_context run_validation ordered_loader GatherMetricsCallback.after_batch "
        "validate GatherPredsCallback.before_validate GatherPredsCallback.after_batch "
@@ -3473,6 +3516,23 @@ def test_predictions_leave_the_flags_of_the_batch_and_find_the_device():
     assert moved == [learn.dls.device], "a model that was put in since may be elsewhere"
 
 
+def test_loss_functions_bring_their_own_activation_and_decoding():
+    class Loss:
+        def activation(self, t): return t + 1
+        def decodes(self, t): return t * 2
+    act, decodes = ml.act_and_decodes(Loss())
+    assert act(1) == 2 and decodes(1) == 2
+
+
+def test_cancelled_batches_are_not_measured():
+    def cancel(self):
+        if self.iter == 0: raise ml.CancelBatchException
+    learn = line_learner()
+    loss, = learn.validate(cbs=ml.Callback(before_batch=cancel))
+    x, y = learn.dls.valid_ds[16:]
+    assert loss == pytest.approx(float(F.mse_loss(learn.model(x), y))), "16 rows were left out, 8 remain"
+
+
 # =============================================================================================
 lesson("Saving", "bare_model bare_state save_model save_state load_state load_model put_weights "
        "check_weights export check_picklable load_learner "
@@ -3737,6 +3797,12 @@ def test_weights_load_into_lazy_layers(tmp_path):
     lazy = nn.LazyLinear(2)
     ml.load_model(tmp_path / 'm.pth', lazy, None)
     assert lazy.weight.shape == (2, 3)
+
+
+def test_wrappers_inside_of_wrappers_come_off():
+    model = nn.Linear(1, 1)
+    compiled = types.SimpleNamespace(_orig_mod=nn.DataParallel(model))
+    assert ml.bare_model(compiled) is model and ml.bare_model(model) is model
 
 
 # =============================================================================================
