@@ -1337,6 +1337,27 @@ def test_what_decides_the_order_makes_the_learner_ask_again(name):
     assert cb.learn._handlers, "but not for any other attribute"
 
 
+@pytest.mark.parametrize('name, runs', [('after_batch', False), ('before_batch', False), ('after_train', True), ('after_fit', True)])
+def test_run_train_and_run_valid_are_about_batches_alone(name, runs):
+    seen = []
+    cb = ml.Callback(**{name: lambda self: seen.append(name)})
+    cb.learn, cb.run_train = types.SimpleNamespace(training=True), False
+    cb(name)
+    assert bool(seen) == runs, "epochs and fits begin and end for all"
+
+
+def test_attributes_of_the_callback_itself_may_be_set():
+    cb = ml.Callback()
+    cb.learn = Owner()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        cb.run, cb.new = False, 1
+    cb.learn.order = 3      # a learner that has what every callback has
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        cb.order = 7
+
+
 # =============================================================================================
 lesson("Learner", "TrainEvalCallback.before_fit TrainEvalCallback.before_train "
        "TrainEvalCallback.before_validate TrainEvalCallback.after_batch Learner.__init__ Learner.fit Learner._all_epochs Learner._one_epoch "
@@ -2016,6 +2037,14 @@ def test_only_norm_layers_rest_when_they_are_frozen():
     look.run_valid = False
     line_learner(model=model, train_bn=False, cbs=look).fit(1)
     assert seen[0] == [True, False, True, True], "dropout goes on, though it has nothing to train"
+
+
+def test_a_callback_that_was_taken_out_meanwhile_stays_out():
+    first, second = Progress(1), ml.Callback()
+    learn = line_learner(cbs=[first, second])
+    with learn.removed_cbs(first):
+        learn.remove_cb(second)
+    assert first in learn.cbs and second not in learn.cbs
 
 
 # =============================================================================================
