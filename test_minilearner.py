@@ -357,7 +357,7 @@ def test_to_detach_joins_the_rows_of_two_processes(tmp_path):
     args = [sys.executable, '-c', GATHER, str(HERE)]
     procs = [subprocess.Popen([*args, str(rank), str(tmp_path / 'meet')], text=True,
                               stderr=subprocess.PIPE) for rank in (0, 1)]
-    errors = [p.communicate(timeout=60)[1] for p in procs]
+    errors = [p.communicate(timeout=150)[1] for p in procs]
     assert [p.returncode for p in procs] == [0, 0], errors
 
 
@@ -1209,6 +1209,10 @@ def test_state_of_any_kind_may_be_kept_beside():
     assert all(p.tolist() == pytest.approx([0.9, 0.9]) for p in params)
 
 
+needs_adafactor = pytest.mark.skipif(not hasattr(torch.optim, 'Adafactor'), reason="torch has it from 2.5 on")
+
+
+@needs_adafactor
 def test_states_that_are_smaller_than_their_parameter_can_be_saved():
     p = nn.Parameter(torch.ones(3, 2))
     opt = ml.OptimWrapper([p], torch.optim.Adafactor, lr=0.1)      # keeps sums of rows and of columns
@@ -3149,6 +3153,7 @@ def test_suggestions_may_come_from_any_functions():
     assert tuple(found) == (1., 2.), "lambdas have no name of their own, but are welcome"
 
 
+@needs_adafactor
 def test_lr_find_puts_back_what_cannot_be_checked_against_the_model():
     for opt_func, cbs in [(torch.optim.Adafactor, None), (ml.SGD, ml.ParamScheduler({'temp': ml.SchedLin(1, 0)}))]:
         learn = line_learner(model=nn.Linear(1, 1), opt_func=opt_func, lr=0.01, cbs=cbs)
