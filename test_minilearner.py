@@ -1233,6 +1233,14 @@ def test_names_of_another_optimizer_can_be_mapped():
     assert ml.OptimWrapper.hp_map['lr'] == 'lr', "the map of others stays as it is"
 
 
+@pytest.mark.parametrize('wd', [0, 0.5, 1])
+def test_l2_adds_any_decay_to_the_gradient(wd):
+    p = nn.Parameter(torch.tensor([2.]))
+    p.grad = torch.tensor([1.])
+    ml.l2_reg(p, lr=0.1, wd=wd)
+    assert p.grad.item() == 1 + 2 * wd and p.item() == 2
+
+
 # =============================================================================================
 lesson("Callbacks", "Callback.__init__ Callback.__call__ "
        "Callback.defines Callback.__getattr__ Callback.__setattr__ Callback.__repr__ "
@@ -2049,6 +2057,14 @@ def test_a_callback_that_was_taken_out_meanwhile_stays_out():
     with learn.removed_cbs(first):
         learn.remove_cb(second)
     assert first in learn.cbs and second not in learn.cbs
+
+
+def test_weight_decay_of_a_fit_reaches_the_optimizer():
+    learn = line_learner(wd=0.1)
+    learn.fit(1)
+    assert learn.opt.hypers[0]['wd'] == 0.1, "that of the learner"
+    learn.fit(1, wd=0.2)
+    assert learn.opt.hypers[0]['wd'] == 0.2, "that of the fit is stronger"
 
 
 # =============================================================================================
@@ -3839,6 +3855,11 @@ def test_wrappers_inside_of_wrappers_come_off():
     assert ml.bare_model(compiled) is model and ml.bare_model(model) is model
 
 
+def test_export_has_a_name_of_its_own(tmp_path):
+    learn = line_learner(path=tmp_path, loss_func=F.mse_loss)
+    assert learn.export() == tmp_path / 'export.pkl' and (tmp_path / 'export.pkl').exists()
+
+
 # =============================================================================================
 lesson("A shelf of callbacks", "TerminateOnNaNCallback.after_loss TrackerCallback.before_fit "
        "TrackerCallback.after_epoch EarlyStoppingCallback.before_fit "
@@ -4635,6 +4656,13 @@ def test_bfloat16_instead_of_float16_depends_on_where_it_trains(monkeypatch):
     monkeypatch.setattr(ml, 'FP16_DEVICES', {'cpu'})
     learn.fit(1)
     assert learn.mixed_precision.scaler, "on a device that can, it is float16 after all"
+
+
+def test_rnn_regularizer_lets_the_activations_go():
+    x, y = torch.randn(4, 3, 2), torch.ones(4, 1)
+    learn = line_learner(ml.DataLoaders([(x, y)], device='cpu'), TinyRNN(), cbs=ml.RNNRegularizer(alpha=1., beta=1.))
+    learn.fit(1)
+    assert learn.rnn_regularizer.raw_out is None and learn.rnn_regularizer.out is None, "they hold the graph"
 
 
 # =============================================================================================
