@@ -1973,35 +1973,6 @@ def test_one_process_gathers_what_it_has_itself():
     assert line_learner().gather(3) == [3]
 
 
-def test_bad_input_is_refused_before_anything_changes():
-    dls = line_dls()
-    with pytest.raises(ValueError, match='loss_func=None.*MSELoss'):
-        ml.Learner(dls, Line())
-    for no_dls in ([1, 2], None, (dls.train, dls.valid)):
-        with pytest.raises(TypeError, match=r'DataLoaders\(train'):
-            ml.Learner(no_dls, Line(), F.mse_loss)
-    with pytest.raises(ValueError, match='lr=-0.1'):
-        ml.Learner(dls, Line(), F.mse_loss, lr=-0.1)
-    with pytest.raises(TypeError, match="metric 'acc'"):
-        ml.Learner(dls, Line(), F.mse_loss, metrics='acc')
-    with pytest.raises(TypeError, match='no callback'):
-        ml.Learner(dls, Line(), F.mse_loss, cbs=print)
-    learn = line_learner()
-    for bad in (dict(n_epoch=-1), dict(n_epoch=1, lr=-1), dict(n_epoch=1, start_epoch=2),
-                dict(n_epoch=1, start_epoch=-1), dict(n_epoch=1, lr=slice(-1, 1))):
-        with pytest.raises(ValueError):
-            learn.fit(**bad)
-    with pytest.raises(ValueError, match='whole numbers'):
-        learn.fit(1.5)
-    with pytest.raises(ValueError):
-        learn.fit_one_cycle(1, -1)
-    with pytest.raises(ValueError, match='1 group'):
-        learn.fit(1, lr=[0.1, 0.2])
-    assert same(weights(learn.model), weights(Line()))
-    with pytest.raises(TypeError, match='override DataLoaders.split_batch'):
-        line_learner(ml.DataLoaders([{'x': 1}], device='cpu')).fit(1)
-
-
 def test_the_graph_is_gone_before_the_next_batch():
     graphs = []
     def look(self):
@@ -3257,6 +3228,35 @@ def test_the_finder_ends_a_fit_of_as_many_epochs_as_batches():
 def test_lr_find_looks_where_the_documentation_says():
     defaults = {k: v.default for k, v in inspect.signature(ml.lr_find).parameters.items()}
     assert (defaults['start_lr'], defaults['end_lr'], defaults['num_it']) == (1e-7, 10, 100)
+
+
+def test_bad_input_is_refused_before_anything_changes():
+    dls = line_dls()
+    with pytest.raises(ValueError, match='loss_func=None.*MSELoss'):
+        ml.Learner(dls, Line())
+    for no_dls in ([1, 2], None, (dls.train, dls.valid)):
+        with pytest.raises(TypeError, match=r'DataLoaders\(train'):
+            ml.Learner(no_dls, Line(), F.mse_loss)
+    with pytest.raises(ValueError, match='lr=-0.1'):
+        ml.Learner(dls, Line(), F.mse_loss, lr=-0.1)
+    with pytest.raises(TypeError, match="metric 'acc'"):
+        ml.Learner(dls, Line(), F.mse_loss, metrics='acc')
+    with pytest.raises(TypeError, match='no callback'):
+        ml.Learner(dls, Line(), F.mse_loss, cbs=print)
+    learn = line_learner()
+    for bad in (dict(n_epoch=-1), dict(n_epoch=1, lr=-1), dict(n_epoch=1, start_epoch=2),
+                dict(n_epoch=1, start_epoch=-1), dict(n_epoch=1, lr=slice(-1, 1))):
+        with pytest.raises(ValueError):
+            learn.fit(**bad)
+    with pytest.raises(ValueError, match='whole numbers'):
+        learn.fit(1.5)
+    with pytest.raises(ValueError):
+        learn.fit_one_cycle(1, -1)
+    with pytest.raises(ValueError, match='1 group'):
+        learn.fit(1, lr=[0.1, 0.2])
+    assert same(weights(learn.model), weights(Line()))
+    with pytest.raises(TypeError, match='override DataLoaders.split_batch'):
+        line_learner(ml.DataLoaders([{'x': 1}], device='cpu')).fit(1)
 
 
 # =============================================================================================
