@@ -1233,6 +1233,7 @@ class Learner:
             if wd is not None:
                 opt.set_hyper('wd', wd)
             self.start_epoch, self.n_epoch = start_epoch, n_epoch
+            self.failing = False
             try:
                 self._stage('fit', self._all_epochs, CancelFitException)
             finally:
@@ -2267,8 +2268,7 @@ def keep_tensors(module):
     places = [(d, k) for m in modules for d in (m._parameters, m._buffers) for k in d]
     is_lazy = any(nn.parameter.is_lazy(d[k]) for d, k in places)
     check(not is_lazy, "the model has lazy layers: call it on a batch, then lr_find")
-    kept = [(d, k, map_tensors(without_graph, map_tensors(torch.clone, d[k])))
-            for d, k in places]
+    kept = [(d, k, None if d[k] is None else d[k].detach().clone()) for d, k in places]
 
     @torch.no_grad()
     def put_back():
@@ -2288,11 +2288,14 @@ def keep_scaler(mixed_precision):
 
 def generators_of(dl):
     """The generators that a torch DataLoader, or a part of it, was given."""
-    batch_sampler = getattr(dl, 'batch_sampler', None)
-    parts = (dl, getattr(dl, 'sampler', None), batch_sampler,
-             getattr(batch_sampler, 'sampler', None))
-    found = [getattr(part, 'generator', None) for part in parts]
+    found = [getattr(part, 'generator', None) for part in parts_of(dl)]
     return [g for g in found if isinstance(g, torch.Generator)]
+
+def parts_of(dl):
+    """`dl` and what chooses its rows: any of them may draw random numbers."""
+    batch_sampler = getattr(dl, 'batch_sampler', None)
+    samplers = [getattr(o, 'sampler', None) for o in (dl, batch_sampler)]
+    return [dl, batch_sampler, *samplers]
 
 def suggest_lrs(recorder, num_it, suggest_funcs):
     """What the functions say of the losses that are numbers, a named tuple.
@@ -2348,8 +2351,7 @@ def run_validation(learn, dl, cbs):
 @contextmanager
 def own_generators(dl):
     """Context in which a torch DataLoader draws nothing from the global generator."""
-    parts = [dl, getattr(dl, 'sampler', None)]
-    parts = [part for part in parts if getattr(part, 'generator', 0) is None]
+    parts = [part for part in parts_of(dl) if getattr(part, 'generator', 0) is None]
     for part in parts:
         part.generator = new_generator()
     try:
@@ -2928,7 +2930,7 @@ class CheckpointCallback(Callback):
 
     def before_fit(self):
         self.run = 'lr_finder' not in vars(self.learn)    # which is no training
-        self.ended = self.passed_over = False
+        self.passed_over = False
         self.file = Path(self.learn.model_file(self.fname))
         if self.run and self.resume and self.file.exists():
             self.load_training(load_state(self.file))
@@ -2938,11 +2940,8 @@ class CheckpointCallback(Callback):
         if self.completed and n_done % self.every == 0:
             self.save(n_done)
 
-    def after_cancel_fit(self):
-        self.ended = True
-
     def after_fit(self):
-        if self.ended or self.completed:    # else it was interrupted
+        if not self.learn.failing:    # else it was interrupted
             self.n_fits += 1
             if not self.passed_over:
                 self.save(0)
@@ -3124,8 +3123,7 @@ class MixedPrecision(Callback):
             self.learn.loss = self.scaler.scale(self.loss)
 
     def before_step(self):
-        params = [p for p, *_ in self.opt.all_params(with_grad=True)]
-        if self.scaler and params:
+        if self.scaler and self.opt.all_params(with_grad=True):
             self.finite = False
             # subtle: it takes this object for the optimizer, and calls `step` below
             # if the gradients are finite; the loop makes the real step after clipping
@@ -3158,7 +3156,7 @@ FP16_DEVICES = {'cuda'}
 
 def as_float32(t):
     """`t` in float32 if it is in half precision, else as it is."""
-    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+    return t.float() if t.dtype in HALF else t
 
 def set_precision(learn, amp_mode):
     """Train in 'fp16', 'bf16', or with None in full precision; returns the learner."""

@@ -14,7 +14,6 @@ a GPU, the tests marked `needs_cuda` run as well.
 """
 import ast
 import bisect
-import concurrent.futures
 import contextlib
 import copy
 import doctest
@@ -2009,6 +2008,10 @@ def test_callbacks_know_whether_an_error_passes_through(error, failing):
     with contextlib.suppress(error):
         learn.fit(1)
     assert seen == [failing] and not learn.failing, "a Cancel is none; and all is over after the fit"
+    with contextlib.suppress(error):
+        learn.one_batch(0, line_data(4))
+    learn.remove_cb(cb).fit(1, cbs=ml.Callback(before_train=lambda self: seen.append(self.learn.failing)))
+    assert seen[-1] is False, "nor does a fit begin with an error of a batch by hand"
 
 
 def test_only_norm_layers_rest_when_they_are_frozen():
@@ -3515,11 +3518,12 @@ def test_predictions_draw_no_number_from_the_training_whatever_the_loader():
         def __iter__(self): return iter(data)
     weighted = torch.utils.data.WeightedRandomSampler(torch.ones(24), 24)
     for valid in (DataLoader(data, batch_sampler=torch.utils.data.BatchSampler(range(24), 8, False)),
+                  DataLoader(data, batch_sampler=torch.utils.data.BatchSampler(weighted, 8, False)),
                   DataLoader(Stream(), 8), DataLoader(data, 8, sampler=weighted)):
         learn, before = line_learner(ml.DataLoaders(line_dls().train, valid, device='cpu')), torch.get_rng_state()
         learn.validate(), learn.get_preds()
         assert torch.equal(torch.get_rng_state(), before), f"{valid.sampler} took a number"
-        assert valid.generator is None and getattr(valid.sampler, 'generator', None) is None, "and is as before"
+        assert valid.generator is getattr(valid.sampler, 'generator', None) is weighted.generator is None, "as before"
 
 
 class Jitter(torch.utils.data.Dataset):
@@ -5671,7 +5675,7 @@ GIVEN = {
     "a helper without a thought of its own": """
         func_name without_graph new_axes module_state bare_key DataLoaders.__getattr__ pick_loader
         GatherMetricsCallback GatherPredsCallback.after_validate is_torch_loader loader_of_rows
-        own_generators new_generator keep_tensors keep_scaler generators_of""",
+        own_generators new_generator keep_tensors keep_scaler generators_of parts_of""",
     "drawing teaches little": "DataLoaders.show_batch show_samples draw_demo",
     "the recipe of a paper, to be read": "mnist1d",
 }
