@@ -86,10 +86,10 @@ LESSONS = []
 BLANK = re.compile(r'lesson (\d+): write ([\w.]+)')       # what a blank raises
 
 
-def lesson(title, exercises, hint, read):
-    """Open a lesson: the tests below, up to the next call, check `exercises`."""
+def lesson(title, exercises, hint, read, goal=None):
+    """Open a lesson: the tests below, up to the next call, check `exercises`; HINTS has more of them."""
     LESSONS.append(types.SimpleNamespace(n=len(LESSONS) + 1, title=title, exercises=exercises.split(), hint=hint,
-                                         read=read, line=sys._getframe(1).f_lineno))
+                                         read=read, goal=goal, line=sys._getframe(1).f_lineno))
 
 
 def lesson_of(function):
@@ -212,6 +212,7 @@ for _name in ml.EVENTS:
 
 # =============================================================================================
 lesson("The plain loop", "fit_plain",
+       goal="train a model, and measure it, without any framework",
        hint="five lines train: predict and compare, backward, step, zero_grad, next batch",
        read="section 1")
 
@@ -257,6 +258,7 @@ def test_plain_loop_puts_the_model_into_the_right_mode_each_time():
 lesson("Small tools", "check check_not_negative add_note listify detuplify class2attr "
        "replacing_yield plain_number default_device map_tensors to_device gather_rows to_detach "
        "to_detach_from_dl find_bs set_seed rng_state set_rng_state trainable_params norm_bias_params",
+       goal="walk through nested batches, seed all random numbers, refuse bad values",
        hint="map_tensors calls itself on the items of tuples, lists and dicts", read="section 2")
 
 
@@ -468,6 +470,7 @@ def test_a_loader_may_detach_in_its_own_way():
 lesson("Data", "TensorLoader.__init__ TensorLoader.__len__ TensorLoader.__iter__ "
        "DataLoaders.__init__ DataLoaders.from_tensors DataLoaders.from_dsets "
        "DataLoaders.split_batch DataLoaders.one_batch DataLoaders.decoded DataLoaders.to",
+       goal="cut batches from tensors, and hold what a training needs of its data",
        hint="torch.randperm makes an order; order.split(bs) cuts it; index_select takes rows",
        read="section 3")
 
@@ -677,6 +680,7 @@ lesson("Optimizer", "sgd_step weight_decay l2_reg average_grad average_sqr_grad 
        "Optimizer.state_dict Optimizer.load_state_dict as_groups SGD RMSProp Adam "
        "OptimWrapper.__init__ OptimWrapper.hypers OptimWrapper.load_state_dict "
        "check_state_fits",
+       goal="SGD, RMSProp and Adam as chains of step functions, equal to torch's to the last digits",
        hint="p.data.add_(g, alpha=-lr) changes p in place; step passes {**state, **hypers}",
        read="section 4, and fastbook chapter 16")
 
@@ -1244,6 +1248,7 @@ def test_l2_adds_any_decay_to_the_gradient(wd):
 lesson("Callbacks", "Callback.__init__ Callback.__call__ "
        "Callback.defines Callback.__getattr__ Callback.__setattr__ Callback.__repr__ "
        "sort_callbacks",
+       goal="objects with methods for events, which read from the learner as from themselves",
        hint="__getattr__ runs only for what Python found nowhere else", read="section 5")
 
 
@@ -1371,13 +1376,15 @@ def test_attributes_of_the_callback_itself_may_be_set():
 
 # =============================================================================================
 lesson("Learner", "TrainEvalCallback.before_fit TrainEvalCallback.before_train "
-       "TrainEvalCallback.before_validate TrainEvalCallback.after_batch Learner.__init__ Learner.fit Learner._all_epochs Learner._one_epoch "
+       "TrainEvalCallback.before_validate TrainEvalCallback.after_batch Learner.__init__ Learner.fit "
+       "Learner._all_epochs Learner._one_epoch "
        "Learner.all_batches Learner.one_batch Learner._one_batch Learner._stage Learner._fire "
        "Learner._end_fit Learner.__call__ Learner.ordered_cbs Learner.cbs Learner.add_cbs "
        "Learner.remove_cbs Learner.added_cbs Learner.removed_cbs Learner.__getattr__ "
        "Learner.gather_args Learner.create_opt Learner.ensure_opt Learner.freeze_to "
        "Learner.freeze Learner.no_logging Learner.no_bar Learner.loss_not_reduced loader_len "
-       "Learner.show_training_loop before_batch_cb",
+       "before_batch_cb",
+       goal="the loop itself: every part announced, cancelled or ended properly, whatever is raised",
        hint="write _stage first: every part of the loop is before_X, the part, after_X",
        read="section 6, and the timeline in section 5")
 
@@ -2045,6 +2052,7 @@ def test_weight_decay_of_a_fit_reaches_the_optimizer():
 lesson("Metrics", "AvgMetric.reset AvgMetric.accumulate AvgMetric.batch_value "
        "AvgLoss.batch_value AvgSmoothLoss.accumulate AvgSmoothLoss.value ValueMetric.__init__ "
        "ObjectMetric.accumulate mk_metric accuracy error_rate",
+       goal="means over all samples, exact for a smaller last batch",
        hint="a mean of batch means is wrong if the last batch is smaller: weigh by batch size",
        read="section 7")
 
@@ -2190,6 +2198,7 @@ lesson("Recorder and progress", "Recorder.before_fit Recorder.before_epoch Recor
        "Recorder.after_train Recorder.after_validate Recorder.after_epoch Recorder.plot_loss "
        "format_time format_cell ProgressCallback.before_fit ProgressCallback.after_batch "
        "ProgressCallback.bar_text ProgressCallback.draw ProgressCallback.write_row",
+       goal="keep what happened, and show it as a table, a bar and a plot",
        hint="the Recorder's order is 50: it runs after callbacks that change the loss",
        read="section 8")
 
@@ -2694,6 +2703,7 @@ lesson("Schedules", "anneal sched_lin sched_poly sched_no sched_exp sched_cos Sc
        "ParamScheduler.after_fit fit_one_cycle fine_tune LRFinder.before_fit "
        "LRFinder.after_batch minimum steep valley "
        "lr_find suggest_lrs Recorder.plot_sched Recorder.plot_lr_find",
+       goal="change the learning rate while training, and find a good one first",
        hint="pos is 0 at the start of a schedule and 1 at its end", read="section 9")
 
 
@@ -3266,6 +3276,7 @@ def test_bad_input_is_refused_before_anything_changes():
 lesson("Inference", "validation_context run_validation ordered_loader GatherMetricsCallback.after_batch "
        "validate GatherPredsCallback.before_validate GatherPredsCallback.after_batch "
        "GatherPredsCallback.keep concat act_and_decodes get_preds predict show_results tta",
+       goal="predictions in the order of the data, which disturb no training",
        hint="a pass over a loader is _stage('validate', all_batches); callbacks collect",
        read="section 10")
 
@@ -3591,6 +3602,7 @@ def test_cancelled_batches_are_not_measured():
 lesson("Saving", "bare_model bare_state save_model save_state load_state load_model put_weights "
        "check_weights export check_picklable load_learner "
        "Learner.model_file Learner.save Learner.load",
+       goal="files that are whole or not there, and that run no code when they are read",
        hint="write to another name, then os.replace: the old file is whole until the new one is",
        read="section 11")
 
@@ -3873,6 +3885,7 @@ lesson("A shelf of callbacks", "TerminateOnNaNCallback.after_loss TrackerCallbac
        "GradientAccumulation.before_step GradientAccumulation.after_batch GradientAccumulation.after_train "
        "ModelResetter.before_train RNNRegularizer.after_pred RNNRegularizer.after_loss "
        "RNNRegularizer.after_batch",
+       goal="stop in time, keep the best, clip and accumulate gradients",
        hint="trackers read recorder.values after the Recorder has written them: a higher order",
        read="section 12")
 
@@ -4672,6 +4685,7 @@ def test_rnn_regularizer_lets_the_activations_go():
 # =============================================================================================
 lesson("Many processes", "DistributedCallback.before_fit DistributedCallback.before_train "
        "DistributedCallback.before_validate DistributedCallback.gather distrib_ctx",
+       goal="several processes train as one would, over the same data",
        hint="DistributedSampler and DistributedDataParallel do the work", read="section 13")
 
 def kill_all(process):
@@ -4991,7 +5005,8 @@ def test_several_processes_need_a_device_that_torch_can_join(monkeypatch):
 
 
 # =============================================================================================
-lesson("Demo", "small_cnn demo", hint="run it: python minilearner.py", read="section 14")
+lesson("Demo", "small_cnn demo", goal="a script that trains a good network and draws what happened",
+       hint="run it: python minilearner.py", read="section 14")
 
 
 def test_demo_says_how_well_it_went(tmp_path, capsys):
@@ -5670,6 +5685,74 @@ def test_mnist1d_is_the_same_data_as_ever():
 TO_SOLVE = [one for one in LESSONS if one.exercises]
 IN_WORKER = 'PYTEST_XDIST_WORKER' in os.environ
 
+# For functions that need more than their docstring and the hint of the lesson.
+HINTS = {
+    'replacing_yield': "a generator: set it, yield, and set it back in `finally`; @contextmanager makes a context of it",
+    'map_tensors': "a named tuple takes its items one by one: type(b)(*items); it is known by its _fields",
+    'gather_rows': "torch.distributed.all_gather fills a list of tensors like t, one for each process",
+    'rng_state': "Python, torch, each CUDA device, and NumPy if somebody has imported it: 'numpy' in sys.modules",
+    'norm_bias_params': "for each module: its own parameters, named_parameters(recurse=False)",
+    'TensorLoader.__len__': "divmod(rows, bs) gives the full batches and what is left",
+    'DataLoaders.from_tensors': "order.tensor_split([n]) cuts a random order in two; round(N * (1 - valid_pct)) rows train",
+    'DataLoaders.split_batch': "what is no tuple or list is a tuple of one; at least one item is an input",
+    'weight_decay': "decoupled: p itself shrinks by lr * wd of its size, the gradient is not touched",
+    'l2_reg': "the gradient grows by wd * p, as if the loss had a penalty",
+    'average_grad': "without dampening the new gradient counts in full; with it by 1 - mom",
+    'adam_step': "p -= lr * (grad_avg / debias1) / (sqrt(sqr_avg / debias2) + eps), in place",
+    'Optimizer.__init__': "step functions carry their hypers in f.defaults; a partial has its function in f.func",
+    'Optimizer.all_params': "a list over zip(param_lists[n], hypers[n]); the state of p is self.state[p]",
+    'Optimizer.per_group': "slice(a, b): equal factors from a to b; slice(b): b / 10 for all but the last group",
+    'Optimizer.step': "_check_hypers once, before the first step; then _update for each; stack_params for many is only speed",
+    'Optimizer.freeze_to': "n < 0 counts from the end; a parameter marked force_train in its state stays trainable",
+    'Optimizer.clear_state': "but the marks force_train and do_wd stay: they are no memory of gradients",
+    'as_groups': "one tensor, tensors, or iterables of tensors: the first two make a single group",
+    'OptimWrapper.__init__': "opt may be a torch optimizer, or a function that makes one; one argument is an optimizer",
+    'Callback.__call__': "batch events are left out by run_train and run_valid; learn may still be None",
+    'Callback.__getattr__': "first in the learner, which itself looks in the model; names with __ are never there",
+    'Callback.__setattr__': "warn if the learner has k and Callback itself has not; set it all the same",
+    'sort_callbacks': "by `order`, then take the first whom no waiting one has to precede, again and again",
+    'Learner.__init__': "store the arguments under their names; callbacks last, when all that they may ask for is there",
+    'Learner.cbs': "check everything first, then take the old ones out, then put the new ones in, also as attributes",
+    'Learner._stage': "try before_X and the part; except cancel: after_cancel_X; after_X in any case, even at an error",
+    'Learner._fire': "add_note tells who raised; a callback may have been removed by the one before it",
+    'Learner._one_batch': "predict, after_pred, loss, after_loss, _learn if it trains; in `finally`, detach pred and loss",
+    'Learner.added_cbs': "only those that were not there before are removed at the end",
+    'Learner.removed_cbs': "they come back to their old places: equal orders run in the order of adding",
+    'Learner.create_opt': "a class of torch.optim, bare or in a partial, goes through OptimWrapper",
+    'Learner.gather_args': "inspect.signature(type(o)).parameters, as far as the object has kept them",
+    'Learner.loss_not_reduced': "an object has .reduction, a function takes it as an argument",
+    'AvgMetric.accumulate': "sum on the device: a number read per batch would make the GPU wait",
+    'AvgSmoothLoss.accumulate': "torch.lerp(new, past, beta), from 0 on; `value` divides by 1 - beta ** count",
+    'Recorder.before_fit': "train_mets: the smoothed loss, and metrics if train_metrics; valid_mets: the loss and metrics",
+    'Recorder.after_batch': "nothing for a batch that was cancelled, that has no targets, or outside of a fit",
+    'Recorder.after_epoch': "done['train'] and done['valid'] hold the rows of whole passes; None fills what is missing",
+    'ProgressCallback.draw': "'\\r' goes back to the start of the line; spaces cover what was longer",
+    'combine_scheds': "the part that is played: the last one whose start is not above pos",
+    'fit_one_cycle': "two combined_cos, for lr and mom, in one ParamScheduler",
+    'lr_find': "keep weights, optimizer, random numbers; fit with an LRFinder; put all back in `finally`",
+    'valley': "length[i]: how long the longest falling subsequence is that ends at i",
+    'suggest_lrs': "drop losses that are no numbers, then the ends, then ask each function",
+    'validation_context': "remember modes and attributes, yield, put them back in `finally`",
+    'ordered_loader': "a SubsetRandomSampler has its rows in .indices, any other standard loader has them all",
+    'act_and_decodes': "the loss says it: cross-entropy goes with softmax and argmax",
+    'get_preds': "a GatherPredsCallback collects while run_validation makes the pass",
+    'predict': "a batch of one: get_preds(dl=[batch]), then the first row of all",
+    'tta': "get_preds with a callback that changes xb before each batch, n times, then once without",
+    'save_state': "torch.save into a file beside it, flush, os.fsync, os.replace; remove what is unfinished in `finally`",
+    'load_state': "a checkpoint is a zip file: testzip finds flipped bits; weights_only=True runs no code",
+    'put_weights': "check everything, load the optimizer, which may refuse, and the weights last",
+    'export': "replace what has the data for the time of saving, and put it back in `finally`",
+    'TrackerCallback.after_epoch': "comp(1, 0) is True if larger is better, and decides the sign of min_delta",
+    'GradientAccumulation.before_step': "too few samples and not the last batch: keep the gradients, cancel the step",
+    'GradientAccumulation.after_batch': "zero_grad came with the end of the batch: put the kept gradients back",
+    'RNNRegularizer.after_loss': "the model returns (pred, raw_out, out); penalties: large out, and changes of raw_out in time",
+    'DistributedCallback.before_train': "DistributedSampler.set_epoch gives another order; loader_of_rows takes the share",
+    'DistributedCallback.before_validate': "rank r of n has rows len * r // n to len * (r + 1) // n",
+    'DistributedCallback.gather': "torch.distributed.all_gather_object fills a list, one object of each process",
+    'distrib_ctx': "is_torchelastic_launched, init_process_group once, added_cbs(DistributedCallback), put the device back",
+}
+
+
 # What is no exercise, and why. `Name` of a class stands for all its methods that are none.
 GIVEN = {
     "it runs while the file is imported": "annealer check_event check_handler Callback.__init_subclass__",
@@ -5697,7 +5780,7 @@ GIVEN = {
         func_name without_graph new_axes module_state bare_key DataLoaders.__getattr__ pick_loader
         GatherMetricsCallback GatherPredsCallback.after_validate is_torch_loader loader_of_rows
         own_generators new_generator keep_tensors keep_scaler generators_of parts_of""",
-    "drawing teaches little": "DataLoaders.show_batch show_samples draw_demo",
+    "drawing teaches little": "DataLoaders.show_batch show_samples draw_demo Learner.show_training_loop",
     "the recipe of a paper, to be read": "mnist1d",
 }
 
@@ -5835,7 +5918,7 @@ class Guide:
         if own.n not in self.handed and not hint:
             hint = f"lesson {own.n} was given, and is right: look for the error in lessons {self.handed}"
         if hint or IN_WORKER:
-            report.sections.append(('hint', hint or own.hint))
+            report.sections.append(('hint', hint or HINTS.get(self.needs, own.hint)))
 
     def pytest_runtest_logreport(self, report):
         name = report.nodeid.partition('::')[2].partition('[')[0]
@@ -5899,6 +5982,7 @@ class Guide:
     def show_task(self, out, here):
         """What is still to write, in the order of the file, and the test that waits for it."""
         out.write_line(f'Lesson {here.n} of {len(TO_SOLVE)}: {here.title}', bold=True)
+        out.write_line(f'  goal     {here.goal}')
         exercises = exercises_now(here)
         for name, (line, is_blank) in exercises.items():
             mark = '   <-- the next test needs it' if name == self.needs else ''
@@ -5906,7 +5990,8 @@ class Guide:
                 out.write_line(f'  write    minilearner.py:{line:<5} {name}{mark}', bold=bool(mark))
         written = sum(not is_blank for _, is_blank in exercises.values())
         out.write_line(f'  written  {written} of {len(exercises)}')
-        out.write_line(f'  hint     {here.hint}\n  read     {here.read}\n  then     pytest, or pytest -k lesson{here.n:02}\n')
+        hint = HINTS.get(self.needs, here.hint)
+        out.write_line(f'  hint     {hint}\n  read     {here.read}\n  then     pytest, or pytest -k lesson{here.n:02}\n')
         test = inspect.unwrap(globals()[min(self.failed, key=lambda pair: pair[0])[1]])
         line = test.__code__.co_firstlineno
         out.write_line(f'The test that waits, test_minilearner.py:{line}:\n\n{inspect.getsource(test).rstrip()}\n')
@@ -5953,9 +6038,11 @@ if not IS_HANDOUT:
         unknown = set(' '.join(GIVEN.values()).split()) - known.keys() - classes
         assert not unknown, f"GIVEN has what is not there: {unknown}"
 
-    def test_every_lesson_has_a_hint_and_something_to_read():
+    def test_every_lesson_has_a_goal_a_hint_and_something_to_read():
         for one in TO_SOLVE:
-            assert one.hint and one.read, one.title
+            assert one.goal and one.hint and one.read, one.title
+        lost = HINTS.keys() - {name for one in TO_SOLVE for name in one.exercises}
+        assert not lost, f"hints for what is no exercise: {lost}"
 
     def test_lessons_use_only_sections_that_stand_above():
         starts = [SOURCE[:m.start()].count('\n') + 1 for m in BANNER.finditer(SOURCE)]
@@ -5973,7 +6060,7 @@ if not IS_HANDOUT:
         first, n = TO_SOLVE[0], sum(len(one.exercises) for one in TO_SOLVE)
         test = inspect.getsource(test_plain_loop_is_gradient_descent)
         for text in (f'{n} functions in {len(TO_SOLVE)} lessons', f'Lesson 1 of {len(TO_SOLVE)}: {first.title}',
-                     f'hint     {first.hint}\n  read     {first.read}', test, 'zero_grad ends every step'):
+                     f'hint     {first.hint}\n  read     {first.read}', f'goal     {first.goal}', test, 'zero_grad ends every step'):
             assert text in README, f"README should have: {text}"
 
     def test_handouts_go_only_where_they_disturb_nothing(tmp_path):
