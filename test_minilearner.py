@@ -619,6 +619,7 @@ def test_show_batch_draws_what_a_person_reads():
     assert all(ax.get_title() in 'abcdefghij' for ax in shown)
     for images in (torch.rand(3, 8, 8), torch.rand(3, 3, 8, 8), torch.rand(3, 1, 8, 8)):
         assert all(len(ax.images) == 1 for ax in list(ml.show_samples(images, 'xyz').flat)[:3])
+        assert ml.show_samples(images).flat[0].get_title() == '', "titles may be left out"
     plt.close('all')
 
 
@@ -2012,6 +2013,7 @@ def test_callbacks_know_whether_an_error_passes_through(error, failing):
     def fail(self): raise error
     cb = ml.Callback(after_pred=fail, after_batch=lambda self: seen.append(self.learn.failing))
     learn = line_learner(cbs=cb)
+    assert not learn.failing
     with contextlib.suppress(error):
         learn.fit(1)
     assert seen == [failing] and not learn.failing, "a Cancel is none; and all is over after the fit"
@@ -3400,6 +3402,8 @@ def test_predictions_of_many_shapes():
     preds, targets, losses = learn.get_preds(0, with_loss=True)
     assert type(preds) is Pair and preds.x.shape == (16, 1) and losses.shape == (16,)
     assert learn.predict((x[0], x[0]))[2].x.equal(2 * x[0])
+    learn.dls.n_inp = None
+    assert learn.predict((x[0], x[0]))[2].x.equal(2 * x[0]), "an item has no target: all of it is input"
     single = line_learner(ml.DataLoaders([(x, x, y)], [(x, x, y)], n_inp=2, device='cpu'), nn.Bilinear(1, 1, 1))
     assert single.tta(item_tfms=lambda item: item * 2)[0].shape == (8, 1)
     with pytest.raises(ValueError, match='without targets'):
@@ -3516,6 +3520,10 @@ def test_show_results_of_any_loader_shows_any_samples():
     some, others = shown(0), shown(0)
     assert len(set(some)) == 9 and set(some) <= set(range(12)), "each from the first batch, none twice"
     assert some != others != shown(0), "others each time"
+    learn.dls.n_inp, learn.model = 2, nn.Bilinear(5, 5, 5)
+    axs = learn.show_results(dl=[(-x[:2], x[:2], x[:2, 0])], shuffle=False)
+    plt.close('all')
+    assert axs.flat[1].lines[0].get_ydata().tolist() == [-1.] * 5, "of several inputs, the first one is drawn"
 
 
 def test_files_of_predictions_are_numbered(tmp_path):
@@ -4655,6 +4663,11 @@ def test_checkpoints_go_between_devices_with_and_without_float16(monkeypatch, tm
     assert len(run(then, None).recorder.values) == 4
 
 
+def test_gradients_are_accumulated_then_unscaled_then_clipped():
+    learn = line_learner(cbs=[ml.GradientClip, ml.MixedPrecision, ml.GradientAccumulation])
+    assert learn.ordered_cbs('before_step') == [learn.gradient_accumulation, learn.mixed_precision, learn.gradient_clip]
+
+
 def test_a_cancelled_backward_pass_leaves_the_scaler_nothing_to_do(monkeypatch):
     def cancel(self): raise ml.CancelBackwardException
     learn = fp16_learner(monkeypatch, cbs=ml.Callback(before_backward=cancel))
@@ -4793,14 +4806,15 @@ class Stop(ml.Callback):
         if self.stop and self.epoch == 1: raise KeyboardInterrupt
     def state_dict(self): return {}
 
-for Stop.stop in (True, False):
-    learn = learner('resumed')
+for name, Stop.stop in (('whole', False), ('resumed', True), ('resumed', False)):
+    learn = learner(name)
+    torch.rand(1 if name == 'whole' else 2)                             # the file brings its own order
     with learn.distrib_ctx():
         try:
-            learn.fit_one_cycle(3, 0.1, cbs=[Stop(), ml.CheckpointCallback('resumed')])
+            learn.fit_one_cycle(3, 0.1, cbs=[Stop(), ml.CheckpointCallback(name)])
         except KeyboardInterrupt:
             pass
-        result[f'resumed, {Stop.stop}'] = what_is(learn)
+        result[f'{name}, {Stop.stop}'] = what_is(learn)
 
 class Stream(IterableDataset):
     def __iter__(self): return iter(data)
@@ -4922,11 +4936,17 @@ def test_a_resumed_training_in_two_processes_equals_one_that_was_not_stopped(tog
         assert len(results['resumed, False'][2]) == 3
 
 
+def test_a_checkpoint_of_two_processes_is_not_for_one(together):
+    _, (folder, _, _) = together
+    with pytest.raises(ValueError, match='processes 2, here 1'):
+        line_learner(line_dls(path=folder)).fit(4, cbs=ml.CheckpointCallback('run'))
+
+
 def test_only_the_first_process_prints_and_saves(together):
     for folder, done, _ in together:
         assert done.stdout.count('epoch  train_loss') == 2, "main: a table for each of its two fits, once: " + done.stdout
         files = sorted(f.name for f in (folder / 'models').iterdir())
-        assert files == ['best.pth', 'model.pth', 'norm.pth', 'resumed.pth', 'run.pth', 'saved.pth'], "one file each, nothing half-written"
+        assert files == ['best.pth', 'model.pth', 'norm.pth', 'resumed.pth', 'run.pth', 'saved.pth', 'whole.pth'], "one each"
 
 
 def test_each_epoch_shuffles_anew_and_covers_all_rows(together):
