@@ -4378,6 +4378,18 @@ def checkpointed(tmp_path, n_epoch=3, stop=None, cbs=None, fit='fit', **kwargs):
     return learn
 
 
+@pytest.mark.parametrize('change, says', [(lambda state: state['model'].update(c=torch.ones(1)), 'has c too many'),
+                                          (lambda state: state['model'].pop('b'), 'lacks b')])
+def test_a_training_goes_on_only_with_the_very_same_model(tmp_path, change, says):
+    checkpointed(tmp_path, stop=1)
+    file = tmp_path / 'models' / 'run.pth'
+    state = torch.load(file, weights_only=True)
+    change(state)
+    torch.save(state, file)
+    with pytest.raises(ValueError, match=says):
+        checkpointed(tmp_path)
+
+
 def test_a_checkpoint_is_a_file_of_weights_too(tmp_path):
     learn = checkpointed(tmp_path)
     state = torch.load(tmp_path / 'models' / 'run.pth', weights_only=True)
@@ -4701,6 +4713,93 @@ lesson("Many processes", "DistributedCallback.before_fit DistributedCallback.bef
        goal="several processes train as one would, over the same data",
        hint="DistributedSampler and DistributedDataParallel do the work", read="section 13")
 
+
+def as_one_of_two(monkeypatch, rank):
+    """A learner with a DistributedCallback that takes this process for one of two, `rank` 0 or 1."""
+    for place, name, value in [(torch.distributed, 'is_initialized', lambda: True),
+                               (torch.distributed, 'get_world_size', lambda *group: 2),
+                               (torch.distributed, 'get_rank', lambda *group: rank),
+                               (nn.parallel, 'DistributedDataParallel', lambda model, *args, **kwargs: [model, kwargs])]:
+        monkeypatch.setattr(place, name, value)
+    def all_gather_object(parts, o): parts[:] = [o, o]
+    monkeypatch.setattr(torch.distributed, 'all_gather_object', all_gather_object)
+    cb = ml.DistributedCallback(find_unused_parameters=True)
+    return line_learner(ml.DataLoaders.from_tensors(*line_data(9), valid_pct=0, bs=2, device='cpu'), cbs=cb), cb
+
+
+def rows_of(dl):
+    return torch.cat([x for x, _ in dl])[:, 0].tolist()
+
+
+def test_each_of_two_processes_measures_half_of_the_rows(monkeypatch):
+    shares = []
+    for rank in (0, 1):
+        learn, cb = as_one_of_two(monkeypatch, rank)
+        learn.dl = learn.dls.train
+        cb.before_validate()
+        shares.append(rows_of(learn.dl))
+    assert shares[0] + shares[1] == learn.dls.train.dataset.tensors[0][:, 0].tolist(), "in order, and each row once"
+    assert abs(len(shares[0]) - len(shares[1])) == 1, "nine rows: four and five"
+
+
+def test_what_cannot_be_shared_is_read_by_the_first_process(monkeypatch):
+    batches = [line_data(2)]
+    for rank, expected in ((0, batches), (1, [])):
+        learn, cb = as_one_of_two(monkeypatch, rank)
+        learn.dl = batches
+        cb.before_validate()
+        assert learn.dl == expected
+
+
+def test_gather_lists_what_all_processes_have(monkeypatch):
+    learn, cb = as_one_of_two(monkeypatch, 0)
+    def all_gather_object(parts, o): parts[:] = [o, 'what the other has']
+    monkeypatch.setattr(torch.distributed, 'all_gather_object', all_gather_object)
+    assert cb.gather('mine') == learn.gather('mine') == ['mine', 'what the other has']
+
+
+def test_each_of_two_processes_trains_on_half_of_the_rows_in_a_new_order(monkeypatch):
+    orders = {}
+    for rank in (0, 1):
+        learn, cb = as_one_of_two(monkeypatch, rank)
+        torch.manual_seed(0)
+        cb.before_fit()
+        for learn.epoch in (0, 1):
+            cb.before_train()
+            assert learn.parallel == [learn.model, {'find_unused_parameters': True}], "DistributedDataParallel around it"
+            orders[rank, learn.epoch] = rows_of(learn.dl)
+    rows = set(learn.dls.train.dataset.tensors[0][:, 0].tolist())
+    for epoch in (0, 1):
+        assert len(orders[0, epoch]) == len(orders[1, epoch]) == 5, "equal shares of nine rows: one comes twice"
+        assert set(orders[0, epoch] + orders[1, epoch]) == rows
+    assert orders[0, 0] != orders[0, 1], "set_epoch gives another order"
+
+
+def test_only_rows_with_numbers_can_be_shared_for_training(monkeypatch):
+    learn, cb = as_one_of_two(monkeypatch, 0)
+    learn.dls.train = [line_data(2)]
+    with pytest.raises(TypeError, match='list cannot be split'):
+        cb.before_fit()
+
+
+def test_without_torchrun_it_says_what_to_type():
+    learn = line_learner()
+    with pytest.warns(UserWarning, match='torchrun --nproc_per_node=2'):
+        with learn.distrib_ctx() as same_learner:
+            assert same_learner is learn
+            learn.fit(1)
+    assert len(learn.recorder.losses) == 4 and learn.gather(7) == [7], "the one process trains alone"
+
+
+def test_several_processes_need_a_device_that_torch_can_join(monkeypatch):
+    monkeypatch.setattr(torch.distributed, 'is_torchelastic_launched', lambda: True)
+    learn = line_learner()
+    learn.dls.device = torch.device('meta')
+    with pytest.raises(ValueError, match="no several processes on meta"):
+        with learn.distrib_ctx(): pass
+    assert not hasattr(learn, 'distributed')
+
+
 def kill_all(process):
     """End a process that leads a session of its own, and those that it has started."""
     if process.poll() is None:
@@ -5004,24 +5103,6 @@ def test_nan_in_one_process_stops_all(together):
 def test_an_exception_in_one_process_ends_all(started):
     done = outcome(started[1][2])
     assert done.returncode != 0 and 'ValueError: something of its own' in done.stderr, "the exception is shown"
-
-
-def test_without_torchrun_it_says_what_to_type():
-    learn = line_learner()
-    with pytest.warns(UserWarning, match='torchrun --nproc_per_node=2'):
-        with learn.distrib_ctx() as same_learner:
-            assert same_learner is learn
-            learn.fit(1)
-    assert len(learn.recorder.losses) == 4 and learn.gather(7) == [7], "the one process trains alone"
-
-
-def test_several_processes_need_a_device_that_torch_can_join(monkeypatch):
-    monkeypatch.setattr(torch.distributed, 'is_torchelastic_launched', lambda: True)
-    learn = line_learner()
-    learn.dls.device = torch.device('meta')
-    with pytest.raises(ValueError, match="no several processes on meta"):
-        with learn.distrib_ctx(): pass
-    assert not hasattr(learn, 'distributed')
 
 
 # =============================================================================================
