@@ -991,7 +991,7 @@ EVENTS = tuple("""after_create before_fit before_epoch before_train before_batch
     after_cancel_epoch after_epoch after_cancel_fit after_fit""".split())
 BATCH_EVENTS = EVENTS[EVENTS.index('before_batch'):EVENTS.index('after_batch') + 1]
 
-ORDERING = ('order', 'run_before', 'run_after')
+FLAGS = ('order', 'run_before', 'run_after', 'run_train', 'run_valid')
 
 # The events as attributes, for tab completion: event.before_fit == 'before_fit'
 event = types.SimpleNamespace(**{name: name for name in EVENTS})
@@ -1060,15 +1060,18 @@ class Callback:
 
     def __call__(self, event_name):
         """Run the method `event_name`, if it exists and the flags allow; its result."""
-        training = getattr(self.learn, 'training', True)
-        wanted = self.run_train if training else self.run_valid
-        wanted = wanted or event_name not in BATCH_EVENTS
-        if self.run and wanted and self.defines(event_name):
+        if self.run and self.defines(event_name) and self.wants(event_name):
             return getattr(self, event_name)()
 
     def defines(self, name):
         """Whether the callback itself, not its learner, has the attribute `name`."""
         return name in self.__dict__ or hasattr(type(self), name)
+
+    def wants(self, event_name):
+        """Whether run_train, or run_valid in validation, lets the event pass."""
+        training = getattr(self.learn, 'training', True)
+        wanted = self.run_train if training else self.run_valid
+        return wanted or event_name not in BATCH_EVENTS
 
     def state_dict(self):
         """What a checkpoint keeps: attributes that are numbers, strings, tensors, lists
@@ -1105,8 +1108,16 @@ class Callback:
                           f"learner. Use `self.learn.{k}` to avoid this", stacklevel=2)
         check_handler(k, v)
         super().__setattr__(k, v)
-        if learn is not None and (k in EVENTS or k in ORDERING):
-            learn._handlers = {}    # who handles what has changed
+        self._changed(k)
+
+    def __delattr__(self, k):
+        """Delete it here; forget who handles which event."""
+        super().__delattr__(k)
+        self._changed(k)
+
+    def _changed(self, k):
+        if self.learn is not None and (k in EVENTS or k in FLAGS):
+            self.learn._handlers = {}    # to be found out again
 
     def __repr__(self):
         return type(self).__name__
@@ -1328,13 +1339,16 @@ class Learner:
 
     def _fire(self, name):
         """Call `name` on the callbacks that define it; note on errors who raised."""
-        handlers = self._handlers.get(name)
-        if handlers is None:
-            handlers = self._handlers[name] = self.ordered_cbs(name)
+        key = name, self.training
+        handlers = self._handlers.get(key)
+        if handlers is None:    # kept until something changes, as it takes time
+            handlers = [cb for cb in self.ordered_cbs(name) if cb.wants(name)]
+            self._handlers[key] = handlers
         for cb in handlers:
             try:
-                if cb.learn is self:    # it may have been removed by the one before
-                    cb(name)
+                # the one before may have removed it, or switched it off
+                if cb.learn is self and cb.run:
+                    getattr(cb, name)()
             except BaseException as e:
                 add_note(e, f"raised by the callback {cb!r} in {name}")
                 raise
@@ -1984,6 +1998,7 @@ class ProgressCallback(Callback):
         is_live = getattr(sys.stdout, 'isatty', bool)() or 'ipykernel' in sys.modules
         self.has_bar = self.shows and is_live
         self.drawn = ''
+        self.run = self.has_bar    # else there is nothing to draw in this fit
         if self.shows:
             self.write_row(self.recorder.metric_names)
 

@@ -1247,7 +1247,7 @@ def test_l2_adds_any_decay_to_the_gradient(wd):
 
 # =============================================================================================
 lesson("Callbacks", "Callback.__init__ Callback.__call__ "
-       "Callback.defines Callback.__getattr__ Callback.__setattr__ Callback.__repr__ "
+       "Callback.defines Callback.wants Callback.__getattr__ Callback.__setattr__ Callback.__repr__ "
        "sort_callbacks",
        goal="objects with methods for events, which read from the learner as from themselves",
        hint="__getattr__ runs only for what Python found nowhere else", read="section 5")
@@ -1343,7 +1343,7 @@ def test_shadowing_warns_for_attributes_of_instance_and_class(name):
         setattr(cb, name, 0)
 
 
-@pytest.mark.parametrize('name', ['order', 'run_before', 'run_after', 'after_fit'])
+@pytest.mark.parametrize('name', ['order', 'run_before', 'run_after', 'run_train', 'run_valid', 'after_fit'])
 def test_what_decides_the_order_makes_the_learner_ask_again(name):
     cb = ml.Callback()
     cb.learn = Owner()
@@ -1352,6 +1352,8 @@ def test_what_decides_the_order_makes_the_learner_ask_again(name):
     cb.learn._handlers = {'before_fit': []}
     cb.note = 1
     assert cb.learn._handlers, "but not for any other attribute"
+    delattr(cb, name)
+    assert cb.learn._handlers == {} and name not in vars(cb), "nor is it known any more when it is gone"
 
 
 @pytest.mark.parametrize('name, runs', [('after_batch', False), ('before_batch', False), ('after_train', True), ('after_fit', True)])
@@ -5821,14 +5823,15 @@ HINTS = {
     'Optimizer.clear_state': "but the marks force_train and do_wd stay: they are no memory of gradients",
     'as_groups': "one tensor, tensors, or iterables of tensors: the first two make a single group",
     'OptimWrapper.__init__': "opt may be a torch optimizer, or a function that makes one; one argument is an optimizer",
-    'Callback.__call__': "batch events are left out by run_train and run_valid; learn may still be None",
+    'Callback.__call__': "it has to be switched on by `run`, define the event, and want it",
+    'Callback.wants': "all events but those of batches pass in any case; learn may still be None",
     'Callback.__getattr__': "first in the learner, which itself looks in the model; names with __ are never there",
     'Callback.__setattr__': "warn if the learner has k and Callback itself has not; set it all the same",
     'sort_callbacks': "by `order`, then take the first whom no waiting one has to precede, again and again",
     'Learner.__init__': "store the arguments under their names; callbacks last, when all that they may ask for is there",
     'Learner.cbs': "check everything first, then take the old ones out, then put the new ones in, also as attributes",
     'Learner._stage': "try before_X and the part; except cancel: after_cancel_X; after_X in any case, even at an error",
-    'Learner._fire': "add_note tells who raised; a callback may have been removed by the one before it",
+    'Learner._fire': "add_note tells who raised; the callback before it may have removed one, or switched it off",
     'Learner._one_batch': "predict, after_pred, loss, after_loss, _learn if it trains; in `finally`, detach pred and loss",
     'Learner.added_cbs': "only those that were not there before are removed at the end",
     'Learner.removed_cbs': "they come back to their old places: equal orders run in the order of adding",
@@ -5891,7 +5894,7 @@ GIVEN = {
         Optimizer.restore""",
     "mixed precision is given as a whole": "MixedPrecision as_float32 Learner.in_precision",
     "a helper without a thought of its own": """
-        func_name without_graph new_axes module_state bare_key DataLoaders.__getattr__ pick_loader
+        Callback.__delattr__ Callback._changed func_name without_graph new_axes module_state bare_key DataLoaders.__getattr__ pick_loader
         GatherMetricsCallback GatherPredsCallback.after_validate is_torch_loader loader_of_rows
         own_generators new_generator keep_tensors keep_scaler generators_of parts_of""",
     "drawing teaches little": "DataLoaders.show_batch show_samples draw_demo Learner.show_training_loop",

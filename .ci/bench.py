@@ -151,11 +151,11 @@ def learner(model, train, valid, opt_func, device):
     return learn
 
 
-def loop_ratios(make, bs, n_in, opt_class, own_opt, args):
-    """Ratios of a training epoch, and of a validation, of Learner and plain loop."""
+def loop_ratios(make, n, bs, n_in, opt_class, own_opt, args):
+    """Ratios of a training epoch of `n` batches, and of a validation, of Learner and plain loop."""
     torch.manual_seed(0)
     model = make().to(args.device)
-    ready = batches(args.n_batches, bs, n_in, args.device)
+    ready = batches(n // 4 if args.quick else n, bs, n_in, args.device)
     twin = copy.deepcopy(model)
     opt = opt_class(twin.parameters(), lr=1e-3)
     learn = learner(model, ready, None, own_opt, args.device)
@@ -167,9 +167,9 @@ def loop_ratios(make, bs, n_in, opt_class, own_opt, args):
 
 
 def bench_loop(args):
-    for name, make, bs, n_in in [('MLP 784-50-10, batch 64', mlp, 64, 784), ('CNN, batch 64', cnn, 64, 784),
-                                 ('60 Linear layers, batch 16', deep, 16, 64)]:
-        train, valid = loop_ratios(make, bs, n_in, torch.optim.SGD, torch.optim.SGD, args)
+    for name, make, n, bs, n_in in [('MLP 784-50-10, batch 64', mlp, 200, 64, 784), ('CNN, batch 64', cnn, 50, 64, 784),
+                                    ('60 Linear layers, batch 16', deep, 25, 16, 64)]:
+        train, valid = loop_ratios(make, n, bs, n_in, torch.optim.SGD, torch.optim.SGD, args)
         show(f'loop: {name}, training', train, '<= 1.05')
         show(f'loop: {name}, validation', valid, '<= 1.10')
 
@@ -202,7 +202,7 @@ def params_of(shapes, device):
 def bench_optimizer(args):
     mlps = [(50, 784), (50,), (10, 50), (10,)]
     layers = [s for _ in range(60) for s in ((64, 64), (64,))]
-    cases = [('4 tensors (MLP)', mlps, {}, 200), ('62 tensors (ResNet-18)', resnet_shapes((2, 2, 2, 2), False), {}, 3),
+    cases = [('4 tensors (MLP)', mlps, {}, 200), ('62 tensors (ResNet-18)', resnet_shapes((2, 2, 2, 2), False), {}, 1),
              ('120 tensors (60 layers)', layers, {}, 20)]
     limit = '<= 1.00'
     if args.device.type == 'cuda':
@@ -217,7 +217,7 @@ def bench_optimizer(args):
         def repeat(opt):
             return lambda: [opt.step() for _ in range(n if not args.quick else max(1, n // 4))]
         show(f'optimizer: {name}', ratios(repeat(own), repeat(other), args.rounds, args.device), limit)
-    train, _ = loop_ratios(deep, 16, 64, torch.optim.AdamW, ml.Adam, args)
+    train, _ = loop_ratios(deep, 25, 16, 64, torch.optim.AdamW, ml.Adam, args)
     show('deep MLP: own Adam, against AdamW by hand', train, '<= 0.90')
 
 
@@ -451,7 +451,7 @@ OTHERS = {'fastai': with_fastai, 'lightning': with_lightning, 'skorch': with_sko
 
 def bench_others(args):
     device = torch.device('cpu')
-    ready = batches(args.n_batches, 64, 784, device)
+    ready = batches(50 if args.quick else 200, 64, 784, device)
     twin = mlp()
     opt = torch.optim.SGD(twin.parameters(), lr=1e-3)
 
@@ -488,7 +488,6 @@ def main():
     torch.set_num_threads(args.threads)
     warnings.filterwarnings('ignore')
     args.rounds = args.rounds or (3 if args.quick else 9)
-    args.n_batches = 50 if args.quick else 400
     name = torch.cuda.get_device_name() if args.device.type == 'cuda' else platform.machine()
     print(f"Python {platform.python_version()}, torch {torch.__version__}, {name}, {os.cpu_count()} CPUs, "
           f"{args.threads} thread(s), {args.rounds} rounds")
