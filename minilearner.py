@@ -1746,10 +1746,14 @@ class AvgSmoothLoss(AvgLoss):
         super().__init__()
 
     def accumulate(self, learn):
-        """Add the loss of the batch."""
+        """Add the loss of the batch: `total` is the average itself."""
         loss = without_graph(self.batch_value(learn)).float()
-        past = self.total if self.count else torch.zeros_like(loss)
-        self.total, self.count = torch.lerp(loss, past, self.beta), self.count + 1
+        self.count += 1
+        # subtle: debiased at once. 1 - beta is the share of a new loss in a sum that has
+        # begun at 0; 1 - beta**count is the share of all losses in it so far
+        share = (1 - self.beta) / (1 - self.beta ** self.count)
+        first = self.count == 1
+        self.total = loss.clone() if first else torch.lerp(self.total, loss, share)
 
     def gather(self, learn):
         """Nothing: in a training pass, `loss` is the mean over all processes."""
@@ -1757,7 +1761,7 @@ class AvgSmoothLoss(AvgLoss):
     @property
     def value(self):
         """The average, a 0-d tensor; None if there was no batch."""
-        return self.total / (1 - self.beta ** self.count) if self.count else None
+        return self.total if self.count else None
 
 class ValueMetric(Metric):
     """A number from elsewhere: what `func()` returns at the end of a pass."""

@@ -5839,7 +5839,7 @@ HINTS = {
     'Learner.gather_args': "inspect.signature(type(o)).parameters, as far as the object has kept them",
     'Learner.loss_not_reduced': "an object has .reduction, a function takes it as an argument",
     'AvgMetric.accumulate': "sum on the device: a number read per batch would make the GPU wait",
-    'AvgSmoothLoss.accumulate': "torch.lerp(new, past, beta), from 0 on; `value` divides by 1 - beta ** count",
+    'AvgSmoothLoss.accumulate': "torch.lerp(average, loss, share): the share of a new loss is 1 at first, 1 - beta in the end",
     'Recorder.before_fit': "train_mets: the smoothed loss, and metrics if train_metrics; valid_mets: the loss and metrics",
     'Recorder.after_batch': "nothing for a batch that was cancelled, that has no targets, or outside of a fit",
     'Recorder.after_epoch': "done['train'] and done['valid'] hold the rows of whole passes; None fills what is missing",

@@ -155,7 +155,7 @@ def loop_ratios(make, n, bs, n_in, opt_class, own_opt, args):
     """Ratios of a training epoch of `n` batches, and of a validation, of Learner and plain loop."""
     torch.manual_seed(0)
     model = make().to(args.device)
-    ready = batches(n // 4 if args.quick else n, bs, n_in, args.device)
+    ready = batches(n // 8 if args.quick else n, bs, n_in, args.device)
     twin = copy.deepcopy(model)
     opt = opt_class(twin.parameters(), lr=1e-3)
     learn = learner(model, ready, None, own_opt, args.device)
@@ -167,8 +167,8 @@ def loop_ratios(make, n, bs, n_in, opt_class, own_opt, args):
 
 
 def bench_loop(args):
-    for name, make, n, bs, n_in in [('MLP 784-50-10, batch 64', mlp, 200, 64, 784), ('CNN, batch 64', cnn, 50, 64, 784),
-                                    ('60 Linear layers, batch 16', deep, 25, 16, 64)]:
+    for name, make, n, bs, n_in in [('MLP 784-50-10, batch 64', mlp, 800, 64, 784), ('CNN, batch 64', cnn, 200, 64, 784),
+                                    ('60 Linear layers, batch 16', deep, 100, 16, 64)]:
         train, valid = loop_ratios(make, n, bs, n_in, torch.optim.SGD, torch.optim.SGD, args)
         show(f'loop: {name}, training', train, '<= 1.05')
         show(f'loop: {name}, validation', valid, '<= 1.10')
