@@ -619,7 +619,9 @@ def test_show_batch_draws_what_a_person_reads():
     assert all(ax.get_title() in 'abcdefghij' for ax in shown)
     for images in (torch.rand(3, 8, 8), torch.rand(3, 3, 8, 8), torch.rand(3, 1, 8, 8)):
         assert all(len(ax.images) == 1 for ax in list(ml.show_samples(images, 'xyz').flat)[:3])
-        assert ml.show_samples(images).flat[0].get_title() == '', "titles may be left out"
+        axs = ml.show_samples(images)
+        assert axs.flat[0].get_title() == '', "titles may be left out"
+        assert axs.flat[0].figure.get_size_inches().tolist() == [4, 4], "1.5 inches for each sample of a row of two, and 1"
     plt.close('all')
 
 
@@ -2099,6 +2101,9 @@ def test_avg_loss_and_smooth_loss():
         val = val * 0.98 + loss.item() * 0.02
         assert smooth.value.item() == pytest.approx(val / (1 - 0.98**(i + 1)), rel=1e-4)
     assert mean.value.item() == pytest.approx(t.mean().item(), abs=1e-6)
+    mean.reset()
+    mean.accumulate(fake_learn(None, t[:2], torch.tensor([1., 3.])))
+    assert mean.value.shape == () and mean.value == 2, "of a loss for each sample, the mean"
     assert (mean.name, smooth.name) == ('loss', 'smooth_loss')
     smooth.reset()
     assert smooth.value is None and smooth.total == 0.
@@ -2750,6 +2755,11 @@ def test_one_cycle_sets_the_documented_values(n_batches):
     assert learn.recorder.lrs == pytest.approx([at(p, 0.1 / 25, 0.1, 0.1 / 1e5) for p in places])
     assert learn.recorder.hps['lr'] == learn.recorder.lrs
     assert learn.recorder.hps['mom'] == pytest.approx([at(p, 0.95, 0.85, 0.95) for p in places])
+
+
+def test_one_cycle_names_a_wrong_rate():
+    with pytest.raises(ValueError, match=r'^lr=slice\(0, 1'):
+        line_learner().fit_one_cycle(1, slice(0, 1))
 
 
 def test_one_cycle_options_and_groups():
@@ -3567,6 +3577,36 @@ def test_binary_cross_entropy_goes_with_sigmoid_and_threshold(loss_func):
     act, decodes = ml.act_and_decodes(loss_func)
     t = torch.tensor([-1., 2.])
     assert torch.equal(act(t), t.sigmoid()) and decodes(act(t)).tolist() == [False, True]
+
+
+def collate(rows): return tuple(torch.stack(items) + 1 for items in zip(*rows))
+
+
+def begin(worker): pass
+
+
+def test_a_loader_of_rows_keeps_what_its_loader_was_given():
+    ds = TensorDataset(*line_data(10))
+    dl = DataLoader(ds, 4, num_workers=2, collate_fn=collate, worker_init_fn=begin, pin_memory=True, drop_last=True,
+                    generator=torch.Generator())
+    for training in (None, dl):
+        part = ml.loader_of_rows(dl, [7, 3, 5], training)
+        for k in ('batch_size', 'num_workers', 'collate_fn', 'worker_init_fn', 'pin_memory'):
+            assert getattr(part, k) == getattr(dl, k), k
+        assert part.drop_last == (training is not None), "only a training may drop rows"
+        assert (part.generator is dl.generator) == (training is not None), "nor may predictions draw from its generator"
+        assert [part.dataset[i][0].item() for i in range(3)] == [ds[i][0].item() for i in (7, 3, 5)]
+    assert ml.loader_of_rows(dl, None).dataset is ds
+    own = ml.TensorLoader(torch.arange(10), bs=3, shuffle=True, drop_last=True)
+    assert [b[0].tolist() for b in ml.loader_of_rows(own, range(2, 6))] == [[2, 3, 4], [5]]
+    assert [b[0].tolist() for b in ml.loader_of_rows(own, range(2, 6), own)] == [[2, 3, 4]]
+
+
+def test_generators_of_predictions_follow_the_seed():
+    def draw(seed):
+        torch.manual_seed(seed)
+        return torch.rand(9, generator=ml.new_generator()).tolist()
+    assert len({tuple(draw(seed)) for seed in (1, 1, 127, 2**40)}) == 4, "another one each time, whatever the seed"
 
 
 def test_an_ordered_loader_is_always_a_new_one():
@@ -4702,6 +4742,15 @@ def test_bfloat16_instead_of_float16_depends_on_where_it_trains(monkeypatch):
     assert learn.mixed_precision.scaler, "on a device that can, it is float16 after all"
 
 
+def test_rnn_regularizer_sees_the_change_between_two_time_steps():
+    x, y = torch.randn(4, 2, 2), torch.ones(4, 1)
+    plain, beta = (line_learner(ml.DataLoaders([(x, y)], device='cpu'), TinyRNN(), cbs=ml.RNNRegularizer(beta=b))
+                   for b in (0., 1.))
+    beta.model.load_state_dict(plain.model.state_dict())
+    plain.fit(1), beta.fit(1)
+    assert beta.recorder.losses[0] > plain.recorder.losses[0]
+
+
 def test_rnn_regularizer_lets_the_activations_go():
     x, y = torch.randn(4, 3, 2), torch.ones(4, 1)
     learn = line_learner(ml.DataLoaders([(x, y)], device='cpu'), TinyRNN(), cbs=ml.RNNRegularizer(alpha=1., beta=1.))
@@ -5168,6 +5217,7 @@ def test_draw_demo_draws_all_in_one_figure(tmp_path):
     assert file.exists() and len(plt.get_fignums()) == 1
     assert ml.draw_demo(learn, tmp_path / 'a' / 'b') == file, "again: the folder may exist"
     plt.close()
+    assert plt.gcf().get_size_inches().tolist() == [11, 5.5], "it fits on a slide"
     top, bottom, *samples = plt.gcf().axes
     assert [(ax.get_xlabel(), ax.get_ylabel()) for ax in (top, bottom)] == [
         ('batch', 'loss'), ('batch', 'learning rate')]
