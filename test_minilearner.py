@@ -888,6 +888,17 @@ def test_state_need_not_be_an_argument_of_the_function_that_returns_it():
     assert calls == ['norm'], "where nothing is in doubt, each function runs once"
 
 
+def test_hypers_are_looked_for_once(monkeypatch):
+    looked, check_hypers = [], ml.Optimizer._check_hypers
+    monkeypatch.setattr(ml.Optimizer, '_check_hypers', lambda *args: looked.append(1) or check_hypers(*args))
+    p = nn.Parameter(torch.ones(2))
+    opt = ml.SGD([p], lr=0.1)
+    for _ in range(3):
+        p.grad = torch.ones(2)
+        opt.step()
+    assert len(looked) == 1, "not in each step: it takes longer than the step"
+
+
 def test_the_books_step_functions_work_unchanged():
     # in the words of chapter 16, for a current torch: alpha= and value= name the factor
     def sgd_cb(p, lr, **kwargs): p.data.add_(p.grad.data, alpha=-lr)
