@@ -991,7 +991,7 @@ EVENTS = tuple("""after_create before_fit before_epoch before_train before_batch
     after_cancel_epoch after_epoch after_cancel_fit after_fit""".split())
 BATCH_EVENTS = EVENTS[EVENTS.index('before_batch'):EVENTS.index('after_batch') + 1]
 
-FLAGS = ('order', 'run_before', 'run_after', 'run_train', 'run_valid')
+ORDERING = ('order', 'run_before', 'run_after')
 
 # The events as attributes, for tab completion: event.before_fit == 'before_fit'
 event = types.SimpleNamespace(**{name: name for name in EVENTS})
@@ -1060,18 +1060,17 @@ class Callback:
 
     def __call__(self, event_name):
         """Run the method `event_name`, if it exists and the flags allow; its result."""
-        if self.run and self.defines(event_name) and self.wants(event_name):
+        if not self.run:
+            return
+        training = getattr(self.learn, 'training', True)
+        wanted = self.run_train if training else self.run_valid
+        wanted = wanted or event_name not in BATCH_EVENTS
+        if wanted and self.defines(event_name):
             return getattr(self, event_name)()
 
     def defines(self, name):
         """Whether the callback itself, not its learner, has the attribute `name`."""
         return name in self.__dict__ or hasattr(type(self), name)
-
-    def wants(self, event_name):
-        """Whether run_train, or run_valid in validation, lets the event pass."""
-        training = getattr(self.learn, 'training', True)
-        wanted = self.run_train if training else self.run_valid
-        return wanted or event_name not in BATCH_EVENTS
 
     def state_dict(self):
         """What a checkpoint keeps: attributes that are numbers, strings, tensors, lists
@@ -1108,16 +1107,8 @@ class Callback:
                           f"learner. Use `self.learn.{k}` to avoid this", stacklevel=2)
         check_handler(k, v)
         super().__setattr__(k, v)
-        self._changed(k)
-
-    def __delattr__(self, k):
-        """Delete it here; forget who handles which event."""
-        super().__delattr__(k)
-        self._changed(k)
-
-    def _changed(self, k):
-        if self.learn is not None and (k in EVENTS or k in FLAGS):
-            self.learn._handlers = {}    # to be found out again
+        if learn is not None and (k in EVENTS or k in ORDERING):
+            learn._handlers = {}    # who handles what has changed
 
     def __repr__(self):
         return type(self).__name__
@@ -1339,16 +1330,13 @@ class Learner:
 
     def _fire(self, name):
         """Call `name` on the callbacks that define it; note on errors who raised."""
-        key = name, self.training
-        handlers = self._handlers.get(key)
-        if handlers is None:    # kept until something changes, as it takes time
-            handlers = [cb for cb in self.ordered_cbs(name) if cb.wants(name)]
-            self._handlers[key] = handlers
+        handlers = self._handlers.get(name)
+        if handlers is None:
+            handlers = self._handlers[name] = self.ordered_cbs(name)
         for cb in handlers:
             try:
-                # the one before may have removed it, or switched it off
-                if cb.learn is self and cb.run:
-                    getattr(cb, name)()
+                if cb.learn is self:    # it may have been removed by the one before
+                    cb(name)
             except BaseException as e:
                 add_note(e, f"raised by the callback {cb!r} in {name}")
                 raise
@@ -1738,10 +1726,14 @@ class AvgLoss(AvgMetric):
         return loss.mean() if loss.dim() else loss    # a mean costs more than the test
 
 class AvgSmoothLoss(AvgLoss):
-    """Moving average of `learn.loss`, debiased; `beta` (0 to 1) weighs the past."""
+    """Moving average of `learn.loss`, debiased.
+
+    beta: weight of the past, 0 to below 1. Raises: ValueError.
+    """
     name = 'smooth_loss'
 
     def __init__(self, beta=0.98):
+        check(0 <= beta < 1, f"beta={beta}: give a share of the past, 0 to below 1")
         self.beta = beta
         super().__init__()
 
@@ -1749,11 +1741,11 @@ class AvgSmoothLoss(AvgLoss):
         """Add the loss of the batch: `total` is the average itself."""
         loss = without_graph(self.batch_value(learn)).float()
         self.count += 1
-        # subtle: debiased at once. 1 - beta is the share of a new loss in a sum that has
-        # begun at 0; 1 - beta**count is the share of all losses in it so far
+        # subtle: debiased at once. 1 - beta is the share of a new loss in a sum that
+        # began at 0; 1 - beta**count is the share of all losses in it so far
         share = (1 - self.beta) / (1 - self.beta ** self.count)
-        first = self.count == 1
-        self.total = loss.clone() if first else torch.lerp(self.total, loss, share)
+        is_first = self.count == 1
+        self.total = loss.clone() if is_first else torch.lerp(self.total, loss, share)
 
     def gather(self, learn):
         """Nothing: in a training pass, `loss` is the mean over all processes."""
@@ -1825,7 +1817,7 @@ class Recorder(Callback):
 
     add_time: end the row with the time, 'mm:ss'.
     train_metrics, valid_metrics: whether metrics are computed in that pass.
-    beta: weight of the past in the smoothed training loss (0 to 1), which is
+    beta: weight of the past in the smoothed training loss (0 to below 1), which is
       `learn.smooth_loss` and, at an epoch's end, the column train_loss.
     losses, lrs: smoothed loss (0-d) and rate of the last group, by training batch.
     iters: training batches up to each epoch's end.
@@ -2002,7 +1994,6 @@ class ProgressCallback(Callback):
         is_live = getattr(sys.stdout, 'isatty', bool)() or 'ipykernel' in sys.modules
         self.has_bar = self.shows and is_live
         self.drawn = ''
-        self.run = self.has_bar    # else there is nothing to draw in this fit
         if self.shows:
             self.write_row(self.recorder.metric_names)
 
@@ -2946,10 +2937,11 @@ class CheckpointCallback(Callback):
         check(is_path, f"fname={fname!r}: give the path of a file", TypeError)
         check(every >= 1, f"every={every}: give 1 epoch or more")
         self.fname, self.every, self.resume, self.n_fits = fname, every, resume, 0
+        self.file = None
 
     def before_fit(self):
         self.run = 'lr_finder' not in vars(self.learn)    # which is no training
-        self.passed_over = False
+        self.ended = self.passed_over = False
         self.file = Path(self.learn.model_file(self.fname))
         if self.run and self.resume and self.file.exists():
             self.load_training(load_state(self.file))
@@ -2959,8 +2951,11 @@ class CheckpointCallback(Callback):
         if self.completed and n_done % self.every == 0:
             self.save(n_done)
 
+    def after_cancel_fit(self):
+        self.ended = True
+
     def after_fit(self):
-        if not self.learn.failing:    # else it was interrupted
+        if self.file and (self.ended or self.completed):    # else it was interrupted
             self.n_fits += 1
             if not self.passed_over:
                 self.save(0)

@@ -1260,7 +1260,7 @@ def test_l2_adds_any_decay_to_the_gradient(wd):
 
 # =============================================================================================
 lesson("Callbacks", "Callback.__init__ Callback.__call__ "
-       "Callback.defines Callback.wants Callback.__getattr__ Callback.__setattr__ Callback.__repr__ "
+       "Callback.defines Callback.__getattr__ Callback.__setattr__ Callback.__repr__ "
        "sort_callbacks",
        goal="objects with methods for events, which read from the learner as from themselves",
        hint="__getattr__ runs only for what Python found nowhere else", read="section 5")
@@ -1356,7 +1356,7 @@ def test_shadowing_warns_for_attributes_of_instance_and_class(name):
         setattr(cb, name, 0)
 
 
-@pytest.mark.parametrize('name', ['order', 'run_before', 'run_after', 'run_train', 'run_valid', 'after_fit'])
+@pytest.mark.parametrize('name', ['order', 'run_before', 'run_after', 'after_fit'])
 def test_what_decides_the_order_makes_the_learner_ask_again(name):
     cb = ml.Callback()
     cb.learn = Owner()
@@ -1365,8 +1365,6 @@ def test_what_decides_the_order_makes_the_learner_ask_again(name):
     cb.learn._handlers = {'before_fit': []}
     cb.note = 1
     assert cb.learn._handlers, "but not for any other attribute"
-    delattr(cb, name)
-    assert cb.learn._handlers == {} and name not in vars(cb), "nor is it known any more when it is gone"
 
 
 @pytest.mark.parametrize('name, runs', [('after_batch', False), ('before_batch', False), ('after_train', True), ('after_fit', True)])
@@ -2038,6 +2036,28 @@ def test_callbacks_know_whether_an_error_passes_through(error, failing):
     assert seen[-1] is False, "nor does a fit begin with an error of a batch by hand"
 
 
+class EverySecond(ml.Callback):
+    """Runs in every second batch, by a property; and notes in its own __call__ what it is called for."""
+
+    run_train = property(lambda self: self.train_iter % 2 == 0)
+    n, called = 0, 0
+
+    def __call__(self, name):
+        self.called += name == 'before_batch'
+        return super().__call__(name)
+
+    def before_batch(self): self.n += self.training
+
+
+def test_flags_are_looked_up_each_time_and_handlers_may_be_deleted():
+    learn = line_learner(cbs=[EverySecond, ml.Callback(after_batch=lambda self: None)])
+    def delete(self):
+        if 'after_batch' in vars(self.learn.callback): del self.learn.callback.after_batch
+    n_batches = len(learn.dls.train)
+    learn.fit(1, cbs=type('Deletes', (ml.Callback,), {'order': -5, 'after_batch': delete}))
+    assert learn.every_second.n == (n_batches + 1) // 2 and learn.every_second.called >= n_batches
+
+
 def test_only_norm_layers_rest_when_they_are_frozen():
     model = nn.Sequential(nn.Linear(1, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 1))
     for layer in model[:2]:
@@ -2118,6 +2138,8 @@ def test_avg_loss_and_smooth_loss():
     assert (mean.name, smooth.name) == ('loss', 'smooth_loss')
     smooth.reset()
     assert smooth.value is None and smooth.total == 0.
+    with pytest.raises(ValueError, match='beta=1.0: .* below 1'):
+        ml.AvgSmoothLoss(1.)
 
 
 def test_sums_of_half_precision_do_not_overflow():
@@ -4679,6 +4701,28 @@ def test_a_fit_that_is_passed_over_overwrites_nothing(tmp_path):
 
 
 @pytest.mark.filterwarnings('ignore:.*complete')
+def test_a_training_that_broke_off_is_not_complete(tmp_path):
+    def cancel(self): raise ml.CancelTrainException    # also in validation: nobody catches it
+    with pytest.raises(ml.CancelTrainException):
+        checkpointed(tmp_path, cbs=ml.Callback(before_validate=cancel))
+    assert len(checkpointed(tmp_path).recorder.values) == 3, "when the callback is mended, it begins again"
+
+
+def test_an_error_that_somebody_handled_does_not_keep_a_training_from_its_end(tmp_path):
+    def bad_batch(self):
+        with contextlib.suppress(RuntimeError):
+            self.learn.one_batch(0, (torch.ones(2, 3), torch.ones(2, 1)))
+    checkpoint, learn = ml.CheckpointCallback('run'), line_learner(line_dls(path=tmp_path), nn.Linear(1, 1))
+    learn.fit(1, cbs=[checkpoint, ml.Callback(after_epoch=bad_batch)])
+    assert checkpoint.n_fits == 1
+
+
+def test_a_fit_that_is_cancelled_before_it_begins_is_no_error(tmp_path):
+    def cancel(self): raise ml.CancelFitException
+    assert checkpointed(tmp_path, cbs=ml.Callback(before_fit=cancel)).epoch == 0
+    assert not (tmp_path / 'models').exists()
+
+
 def test_a_training_that_stopped_early_is_complete(tmp_path):
     first = checkpointed(tmp_path, 9, cbs=ml.EarlyStoppingCallback(min_delta=9.))
     assert len(first.recorder.values) < 9
@@ -4726,6 +4770,13 @@ def test_checkpoints_go_between_devices_with_and_without_float16(monkeypatch, tm
             return checkpointed(tmp_path, 4, stop, ml.MixedPrecision('fp16'))
     run(first, 2)
     assert len(run(then, None).recorder.values) == 4
+
+
+def test_bfloat16_needs_no_scaler_even_where_float16_could_be(monkeypatch):
+    monkeypatch.setattr(ml, 'FP16_DEVICES', {'cpu'})
+    learn, types_seen = line_learner(), []
+    learn.to_bf16().fit(1, cbs=ml.Callback(before_batch=lambda self: types_seen.append(self.mixed_precision.is_fp16())))
+    assert learn.mixed_precision.scaler is None and not any(types_seen)
 
 
 def test_gradients_are_accumulated_then_unscaled_then_clipped():
@@ -5690,6 +5741,15 @@ lesson("The file itself", "", hint="these tests keep the promises of the file's 
        read="the docstring of minilearner.py")
 
 
+def test_orders_stay_as_they_are():
+    # users place their callbacks between these
+    orders = {ml.TrainEvalCallback: -10, ml.TerminateOnNaNCallback: -9, ml.GradientAccumulation: -5, ml.MixedPrecision: -4,
+              ml.Callback: 0, ml.GradientClip: 0, ml.Recorder: 50, ml.GatherMetricsCallback: 50, ml.GatherPredsCallback: 50,
+              ml.ProgressCallback: 55, ml.TrackerCallback: 60, ml.ParamScheduler: 60, ml.LRFinder: 60,
+              ml.SaveModelCallback: 60, ml.EarlyStoppingCallback: 61, ml.DistributedCallback: 90, ml.CheckpointCallback: math.inf}
+    assert {cb: cb.order for cb in orders} == orders
+
+
 def test_examples_in_docstrings_are_true():
     result = doctest.testmod(ml)
     assert result.failed == 0 and result.attempted >= 5
@@ -5884,15 +5944,14 @@ HINTS = {
     'Optimizer.clear_state': "but the marks force_train and do_wd stay: they are no memory of gradients",
     'as_groups': "one tensor, tensors, or iterables of tensors: the first two make a single group",
     'OptimWrapper.__init__': "opt may be a torch optimizer, or a function that makes one; one argument is an optimizer",
-    'Callback.__call__': "it has to be switched on by `run`, define the event, and want it",
-    'Callback.wants': "all events but those of batches pass in any case; learn may still be None",
+    'Callback.__call__': "run_train and run_valid are about the events of batches alone; learn may still be None",
     'Callback.__getattr__': "first in the learner, which itself looks in the model; names with __ are never there",
     'Callback.__setattr__': "warn if the learner has k and Callback itself has not; set it all the same",
     'sort_callbacks': "by `order`, then take the first whom no waiting one has to precede, again and again",
     'Learner.__init__': "store the arguments under their names; callbacks last, when all that they may ask for is there",
     'Learner.cbs': "check everything first, then take the old ones out, then put the new ones in, also as attributes",
     'Learner._stage': "try before_X and the part; except cancel: after_cancel_X; after_X in any case, even at an error",
-    'Learner._fire': "add_note tells who raised; the callback before it may have removed one, or switched it off",
+    'Learner._fire': "add_note tells who raised; a callback may have been removed by the one before it",
     'Learner._one_batch': "predict, after_pred, loss, after_loss, _learn if it trains; in `finally`, detach pred and loss",
     'Learner.added_cbs': "only those that were not there before are removed at the end",
     'Learner.removed_cbs': "they come back to their old places: equal orders run in the order of adding",
@@ -5955,7 +6014,7 @@ GIVEN = {
         Optimizer.restore""",
     "mixed precision is given as a whole": "MixedPrecision as_float32 Learner.in_precision",
     "a helper without a thought of its own": """
-        Callback.__delattr__ Callback._changed func_name without_graph new_axes module_state bare_key DataLoaders.__getattr__ pick_loader
+        func_name without_graph new_axes module_state bare_key DataLoaders.__getattr__ pick_loader
         GatherMetricsCallback GatherPredsCallback.after_validate is_torch_loader loader_of_rows
         own_generators new_generator keep_tensors keep_scaler generators_of parts_of""",
     "drawing teaches little": "DataLoaders.show_batch show_samples draw_demo Learner.show_training_loop",
