@@ -395,6 +395,7 @@ def test_parameters_by_kind():
     norm = ids(model[1].parameters())
     assert ids(ml.norm_bias_params(model, with_bias=False)) == norm
     assert ids(ml.norm_bias_params(model)) == norm | ids([model[0].bias, model[3].bias])
+    assert len(ml.norm_bias_params(nn.Sequential(model))) == len(ids(ml.norm_bias_params(model))), "each one once"
     lstm = nn.LSTM(2, 2)
     assert len(ml.norm_bias_params(lstm)) == 2, "bias_ih_l0 and bias_hh_l0 are biases, too"
     assert len(ml.norm_bias_params(nn.Sequential(nn.GroupNorm(1, 2), nn.LayerNorm(2)), False)) == 4
@@ -444,6 +445,8 @@ def test_random_numbers_go_back_to_a_kept_state():
     assert draw() != first
     ml.set_rng_state(state)
     assert draw() == first, "Python's, NumPy's and torch's generators"
+    del state['numpy']
+    ml.set_rng_state(state)     # of a process that had no NumPy
 
 
 def test_names_of_functions_and_objects():
@@ -583,6 +586,8 @@ def test_from_tensors_options():
     assert len(dls.train) == 2 and len(dls.valid) == 1 and dls.train.shuffle and not dls.valid.shuffle
     assert dls.vocab == 'ab'
     assert ml.DataLoaders.from_tensors(x, y, valid_pct=0).valid is None
+    held_out = ml.DataLoaders.from_tensors(x, y, valid_pct=0.3, device='cpu')
+    assert [len(dl.dataset) for dl in held_out.loaders] == [7, 3]
     for bad in (-0.1, 1, 2):
         with pytest.raises(ValueError, match='valid_pct'):
             ml.DataLoaders.from_tensors(x, y, valid_pct=bad)
