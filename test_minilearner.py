@@ -5095,6 +5095,14 @@ def started(tmp_path_factory):
         kill_all(process)
 
 
+@pytest.fixture(scope='module', autouse=True)
+def started_early(request):
+    """In the whole suite, they start before its first test, and run beside the others."""
+    is_wanted = any('started' in item.fixturenames for item in request.session.items)
+    if is_wanted and not IS_HANDOUT and not IN_WORKER:
+        request.getfixturevalue('started')
+
+
 @pytest.fixture(scope='module')
 def together(started):
     """Results of one process, and of each of two, over the same data; and what they printed."""
