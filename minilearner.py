@@ -442,6 +442,17 @@ class DataLoaders:
 
     cuda, cpu = functools.partialmethod(to, 'cuda'), functools.partialmethod(to, 'cpu')
 
+def parts_of(dl):
+    """`dl` and what chooses its rows: any of them may draw random numbers."""
+    batch_sampler = getattr(dl, 'batch_sampler', None)
+    samplers = [getattr(o, 'sampler', None) for o in (dl, batch_sampler)]
+    return [dl, batch_sampler, *samplers]
+
+def generators_of(dl):
+    """The generators that a torch DataLoader, or a part of it, was given."""
+    found = [getattr(part, 'generator', None) for part in parts_of(dl)]
+    return [g for g in found if isinstance(g, torch.Generator)]
+
 def show_samples(xs, titles=None, ax=None):
     """Draw samples, each with its title; returns the array of matplotlib axes.
 
@@ -1060,12 +1071,10 @@ class Callback:
 
     def __call__(self, event_name):
         """Run the method `event_name`, if it exists and the flags allow; its result."""
-        if not self.run:
-            return
         training = getattr(self.learn, 'training', True)
         wanted = self.run_train if training else self.run_valid
         wanted = wanted or event_name not in BATCH_EVENTS
-        if wanted and self.defines(event_name):
+        if self.run and wanted and self.defines(event_name):
             return getattr(self, event_name)()
 
     def defines(self, name):
@@ -1809,7 +1818,7 @@ def error_rate(pred, target, axis=-1):
 
 # --------------------------------------------------------------------------------------
 # 8. Recorder: what happened, kept, printed and drawn
-#    Needs: 5 to 7. Tested by: lesson 8.
+#    Needs: 2, 5 to 7. Tested by: lesson 8.
 # --------------------------------------------------------------------------------------
 
 class Recorder(Callback):
@@ -2058,7 +2067,7 @@ defaults.callbacks += [Recorder, ProgressCallback]
 
 # --------------------------------------------------------------------------------------
 # 9. Schedules: hyper-parameters as functions of the progress of training
-#    Needs: 4 to 6. Tested by: lesson 9.
+#    Needs: 2 to 6. Tested by: lesson 9.
 # --------------------------------------------------------------------------------------
 
 def annealer(f):
@@ -2295,17 +2304,6 @@ def keep_scaler(mixed_precision):
     scaler = mixed_precision.scaler
     mixed_precision.scaler = copy.deepcopy(scaler)
     return functools.partial(setattr, mixed_precision, 'scaler', scaler)
-
-def generators_of(dl):
-    """The generators that a torch DataLoader, or a part of it, was given."""
-    found = [getattr(part, 'generator', None) for part in parts_of(dl)]
-    return [g for g in found if isinstance(g, torch.Generator)]
-
-def parts_of(dl):
-    """`dl` and what chooses its rows: any of them may draw random numbers."""
-    batch_sampler = getattr(dl, 'batch_sampler', None)
-    samplers = [getattr(o, 'sampler', None) for o in (dl, batch_sampler)]
-    return [dl, batch_sampler, *samplers]
 
 def suggest_lrs(recorder, num_it, suggest_funcs):
     """What the functions say of the losses that are numbers, a named tuple.
@@ -2620,7 +2618,7 @@ def tta(learn, ds_idx=1, dl=None, n=4, item_tfms=None, batch_tfms=None, beta=0.2
 
 # --------------------------------------------------------------------------------------
 # 11. Saving: files that open with stock torch.load, and never run code
-#     Needs: 2, 4, 6. Tested by: lesson 11.
+#     Needs: 2, 4 to 6. Tested by: lesson 11.
 # --------------------------------------------------------------------------------------
 
 def bare_model(model):
@@ -2798,7 +2796,7 @@ def load_learner(fname, cpu=True):
 
 # --------------------------------------------------------------------------------------
 # 12. A shelf of callbacks: take what you need
-#     Needs: 2, 5 to 8. Tested by: lesson 12.
+#     Needs: 2 to 8, 11. Tested by: lesson 12.
 # --------------------------------------------------------------------------------------
 
 class TerminateOnNaNCallback(Callback):

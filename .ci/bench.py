@@ -79,11 +79,13 @@ def ratios(ours, theirs, rounds, device):
         gc.collect()
         gc.disable()
         times = [0, 0]
-        for turn in range(TURNS):
-            pair = [(ours, 0), (theirs, 1)]
-            for f, k in pair if turn % 2 else pair[::-1]:
-                times[k] += seconds(f, device)
-        gc.enable()
+        try:
+            for turn in range(TURNS):
+                pair = [(ours, 0), (theirs, 1)]
+                for f, k in pair if turn % 2 else pair[::-1]:
+                    times[k] += seconds(f, device)
+        finally:
+            gc.enable()
         found.append(times[0] / times[1])
     return found
 
