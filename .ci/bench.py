@@ -7,7 +7,7 @@
     python .ci/bench.py --device cuda
 
 Each line is a ratio of two times, measured in turns: the one, the other, and again, five
-times in each round, so that both see the same machine. Shown are the minimum, median and
+times in each round (--quick: three), so that both see the same machine. Shown are the minimum, median and
 maximum of the ratios of all rounds, and the figure that the median should reach. Nothing
 here fails.
 
@@ -68,22 +68,20 @@ def seconds(f, device):
     return time.perf_counter() - start
 
 
-TURNS = 5       # of each side in a round: a burst of other work then hits both alike
-
-
-def ratios(ours, theirs, rounds, device):
-    """`rounds` ratios of the times of `ours` and `theirs`, taken in turns."""
+def ratios(ours, theirs, args):
+    """A ratio of the times of `ours` and `theirs` for each round, taken in turns."""
+    turns = 3 if args.quick else 5      # a burst of other work then hits both alike
     ours(), theirs()
     found = []
-    for _ in range(rounds):
+    for _ in range(args.rounds):
         gc.collect()
         gc.disable()
         times = [0, 0]
         try:
-            for turn in range(TURNS):
+            for turn in range(turns):
                 pair = [(ours, 0), (theirs, 1)]
                 for f, k in pair if turn % 2 else pair[::-1]:
-                    times[k] += seconds(f, device)
+                    times[k] += seconds(f, args.device)
         finally:
             gc.enable()
         found.append(times[0] / times[1])
@@ -157,14 +155,13 @@ def loop_ratios(make, n, bs, n_in, opt_class, own_opt, args):
     """Ratios of a training epoch of `n` batches, and of a validation, of Learner and plain loop."""
     torch.manual_seed(0)
     model = make().to(args.device)
-    ready = batches(n // 8 if args.quick else n, bs, n_in, args.device)
+    ready = batches(max(12, n // 8) if args.quick else n, bs, n_in, args.device)
     twin = copy.deepcopy(model)
     opt = opt_class(twin.parameters(), lr=1e-3)
     learn = learner(model, ready, None, own_opt, args.device)
-    train = ratios(lambda: learn.fit(1), lambda: plain_train(twin, opt, ready), args.rounds, args.device)
+    train = ratios(lambda: learn.fit(1), lambda: plain_train(twin, opt, ready), args)
     both = learner(model, ready[:1], ready, own_opt, args.device)
-    valid = ratios(lambda: both.fit(1), lambda: (plain_train(twin, opt, ready[:1]), plain_valid(twin, ready)),
-                   args.rounds, args.device)
+    valid = ratios(lambda: both.fit(1), lambda: (plain_train(twin, opt, ready[:1]), plain_valid(twin, ready)), args)
     return train, valid
 
 
@@ -218,7 +215,7 @@ def bench_optimizer(args):
 
         def repeat(opt):
             return lambda: [opt.step() for _ in range(n if not args.quick else max(1, n // 4))]
-        show(f'optimizer: {name}', ratios(repeat(own), repeat(other), args.rounds, args.device), limit)
+        show(f'optimizer: {name}', ratios(repeat(own), repeat(other), args), limit)
     train, _ = loop_ratios(deep, 25, 16, 64, torch.optim.AdamW, ml.Adam, args)
     show('deep MLP: own Adam, against AdamW by hand', train, '<= 0.90')
 
@@ -231,7 +228,7 @@ def bench_data(args):
         x, y = torch.randn(n, *shape, device=args.device), torch.randint(10, (n,), device=args.device)
         ours = ml.DataLoaders.from_tensors(x, y, valid_pct=0, bs=64, device=args.device).train
         theirs = DataLoader(TensorDataset(x.cpu(), y.cpu()), 64, shuffle=True)
-        found = ratios(lambda: [None for _ in theirs], lambda: [None for _ in ours], args.rounds, args.device)
+        found = ratios(lambda: [None for _ in theirs], lambda: [None for _ in ours], args)
         name = 'x'.join(map(str, shape))
         show(f'data: times DataLoader, rows of {name} floats', found, '>= 20')
     where = {b.device.type for b in next(iter(ours))}
@@ -279,7 +276,7 @@ torch.set_num_threads(1)
 torch.manual_seed(0)
 device = torch.device({device!r})
 model = torch.nn.Sequential(*[m for _ in range(4) for m in (torch.nn.Linear(1500, 1500), torch.nn.ReLU())], torch.nn.Linear(1500, 10)).to(device)
-ready = bench.batches(4, 4000, 1500, device)
+ready = bench.batches(4, {rows}, 1500, device)
 if {ours}:
     bench.learner(model, ready, ready, torch.optim.SGD, device).fit(3)
 else:
@@ -292,7 +289,7 @@ print(torch.cuda.max_memory_allocated() if device.type == 'cuda' else resource.g
 
 def bench_memory(args):
     def peak(ours):
-        code = MEMORY.format(root=str(ROOT), device=str(args.device), ours=ours)
+        code = MEMORY.format(root=str(ROOT), device=str(args.device), ours=ours, rows=250 if args.quick else 4000)
         # each tensor gets pages of its own and gives them back: what is left is what is in use
         env = {**os.environ, 'MALLOC_MMAP_THRESHOLD_': '65536', 'MALLOC_TRIM_THRESHOLD_': '65536'}
         return int(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env=env).stdout)
@@ -301,7 +298,7 @@ def bench_memory(args):
 
 def bench_recorder(args):
     """Time per batch in stretches of a long epoch on a model that costs next to nothing."""
-    n = 20_000 if args.quick else 110_000
+    n = 10_000 if args.quick else 110_000
     b = (torch.ones(1, 1, device=args.device), torch.ones(1, 1, device=args.device))
     learn = ml.Learner(ml.DataLoaders([b] * n, device=args.device), nn.Linear(1, 1), F.mse_loss, ml.SGD)
     learn.logger = lambda row: None
@@ -311,7 +308,7 @@ def bench_recorder(args):
         times.append(time.perf_counter())
     learn.fit(1, cbs=ml.Callback(after_batch=after_batch))
     gaps = [b - a for a, b in zip(times, times[1:])]
-    early, late = statistics.median(gaps[1000:6000]), statistics.median(gaps[-5000:])
+    early, late = statistics.median(gaps[1000:3000]), statistics.median(gaps[-2000:])
     show(f'recorder: batch {n:,} against batch 1,000', late / early, '= 1')
 
 
@@ -321,7 +318,7 @@ def bench_import(args):
         subprocess.run([sys.executable, '-c', f'import {what}'], check=True, cwd=ROOT)
         return time.perf_counter() - begin
     start('minilearner'), start('torch')
-    show('import: against torch', [start('minilearner') / start('torch') for _ in range(3 if args.quick else 9)], '<= 1.05')
+    show('import: against torch', [start('minilearner') / start('torch') for _ in range(1 if args.quick else 9)], '<= 1.05')
 
 
 # ------------------------------------------------------------------------- other libraries
@@ -460,13 +457,13 @@ def bench_others(args):
     def by_hand():
         return plain_train(twin, opt, ready), plain_valid(twin, ready)
     learn = learner(mlp(), ready, ready, torch.optim.SGD, device)
-    show('epoch on the MLP: minilearner', ratios(lambda: learn.fit(1), by_hand, args.rounds, device), 'the least')
+    show('epoch on the MLP: minilearner', ratios(lambda: learn.fit(1), by_hand, args), 'the least')
     missing = [name for name in OTHERS if importlib.util.find_spec(name) is None]
     for name in [n for n in OTHERS if n not in missing]:
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 run = OTHERS[name](ready)
-                found = ratios(run, by_hand, args.rounds, device)
+                found = ratios(run, by_hand, args)
             package = {'ignite': 'pytorch-ignite'}.get(name, name)
             show(f'epoch on the MLP: {name} {importlib.metadata.version(package)}', found)
         except Exception as e:
