@@ -263,25 +263,27 @@ lesson("Small tools", "check check_not_negative add_note listify detuplify class
 
 
 def test_listify_and_detuplify():
-    assert [ml.listify(o) for o in (None, [1], (1, 2), 'ab', 0)] == [[], [1], [1, 2], ['ab'], [0]]
+    assert [ml.listify(o) for o in (None, [1], (1, 2), 'ab', 0)] == [[], [1], [1, 2], ['ab'], [0]], \
+        "None is no item, a tuple or list its items; a text is one"
     given = [1]
     assert ml.listify(given) is not given, "a new list: changing it must not change the old one"
-    assert ml.detuplify((1,)) == 1 and ml.detuplify((1, 2)) == (1, 2) and ml.detuplify(()) == ()
+    assert ml.detuplify((1,)) == 1 and ml.detuplify((1, 2)) == (1, 2) and ml.detuplify(()) == (), \
+        "only a tuple of exactly one item is unwrapped"
 
 
 @pytest.mark.parametrize('name, attr', [
     ('TrainEvalCallback', 'train_eval'), ('Tst', 'tst'), ('MixUpCallback', 'mix_up'),
     ('RNNRegularizer', 'rnn_regularizer'), ('Fp16Callback', 'fp16'), ('Callback', 'callback')])
 def test_class2attr(name, attr):
-    assert ml.class2attr(type(name, (), {})(), 'Callback') == attr
+    assert ml.class2attr(type(name, (), {})(), 'Callback') == attr, "a run of capitals is one word; never an empty name"
 
 
 def test_replacing_yield_restores_even_after_an_error():
     o = types.SimpleNamespace(a=42)
     replaced = contextlib.contextmanager(ml.replacing_yield)
     with replaced(o, 'a', 32):
-        assert o.a == 32
-    assert o.a == 42
+        assert o.a == 32, "inside the context, the new value is there"
+    assert o.a == 42, "after the context, the old value is back"
     with pytest.raises(KeyError), replaced(o, 'a', 32):
         raise KeyError
     assert o.a == 42, "the old value comes back in `finally`"
@@ -299,7 +301,7 @@ def test_checks_name_value_rule_and_fix():
 
 def test_plain_number():
     got = [ml.plain_number(v) for v in (torch.tensor(2.), torch.tensor([3]), 4, 'a', None)]
-    assert got == [2., 3, 4, 'a', None] and type(got[1]) is int
+    assert got == [2., 3, 4, 'a', None] and type(got[1]) is int, "an int from an int tensor; what is no tensor stays"
     t = torch.zeros(2)
     assert ml.plain_number(t) is t, "a tensor of several values is no number"
 
@@ -310,33 +312,36 @@ Pair = __import__('collections').namedtuple('Pair', 'x y')
 def test_map_tensors_keeps_the_structure():
     b = (torch.ones(2), [torch.ones(1), 'text'], {'k': Pair(torch.ones(3), 5)})
     got = ml.map_tensors(lambda t: t * 2, b)
-    assert type(got) is tuple and type(got[1]) is list and type(got[2]['k']) is Pair
-    assert got[0].tolist() == [2, 2] and got[1][1] == 'text' and got[2]['k'].y == 5
-    assert got[2]['k'].x.tolist() == [2, 2, 2]
+    assert type(got) is tuple and type(got[1]) is list and type(got[2]['k']) is Pair, \
+        "each container keeps its type; a named tuple is built from single arguments"
+    assert got[0].tolist() == [2, 2] and got[1][1] == 'text' and got[2]['k'].y == 5, "f is for tensors; all else stays"
+    assert got[2]['k'].x.tolist() == [2, 2, 2], "tensors are reached at any depth"
 
 
 def test_to_device_and_to_detach():
     t = torch.ones(2, requires_grad=True)
     moved = ml.to_device((t, [t]), 'meta')
-    assert moved[0].device.type == moved[1][0].device.type == 'meta'
-    assert ml.to_device(torch.ones(1)).device.type == ml.default_device().type
+    assert moved[0].device.type == moved[1][0].device.type == 'meta', "every tensor moves, also one inside a list"
+    assert ml.to_device(torch.ones(1)).device.type == ml.default_device().type, "no device given: the best one at hand"
     cut = ml.to_detach((t * 2, {'k': t * 3}))
     assert not cut[0].requires_grad and not cut[1]['k'].requires_grad, "cut from the graph"
-    assert cut[0].device.type == 'cpu'
+    assert cut[0].device.type == 'cpu', "results are kept on the CPU"
+    assert ml.to_detach(moved, cpu=False)[1][0].device.type == 'meta', "cpu=False: they stay where they are"
 
 
 def test_default_device_prefers_cuda_then_mps(monkeypatch):
     for cuda, mps, expected in [(True, True, 'cuda'), (False, True, 'mps'), (False, False, 'cpu')]:
         monkeypatch.setattr(torch.cuda, 'is_available', lambda: cuda)
         monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: mps)
-        assert ml.default_device().type == expected
+        assert ml.default_device().type == expected, "CUDA first, then MPS, the CPU if there is nothing else"
 
 
 def test_to_detach_from_dl_asks_the_loader_first():
     learn = types.SimpleNamespace(dl=[])
-    assert ml.to_detach_from_dl(learn, torch.ones(2)).tolist() == [1, 1]
+    assert ml.to_detach_from_dl(learn, torch.ones(2)).tolist() == [1, 1], "the loader has none of its own: the function"
     learn.dl = types.SimpleNamespace(to_detach=lambda b, cpu, gather: (b, cpu, gather))
-    assert ml.to_detach_from_dl(learn, 7, cpu=False) == (7, False, True)
+    assert ml.to_detach_from_dl(learn, 7, cpu=False) == (7, False, True), \
+        "a loader's own to_detach wins, and gets cpu and gather as they were given"
 
 
 GATHER = """
@@ -364,7 +369,8 @@ def test_to_detach_joins_the_rows_of_two_processes(tmp_path):
 
 def test_find_bs_is_the_rows_of_the_first_tensor():
     t = torch.zeros(5, 2)
-    assert [ml.find_bs(b) for b in (t, (t,), [(t, 1)], {'a': t}, (torch.zeros(7), t))] == [5] * 4 + [7]
+    assert [ml.find_bs(b) for b in (t, (t,), [(t, 1)], {'a': t}, (torch.zeros(7), t))] == [5] * 4 + [7], \
+        "the first tensor counts, however deeply it is nested"
     assert ml.find_bs((torch.tensor(3.), 'text')) == 1, "without a shape it counts as one row"
 
 
@@ -373,7 +379,7 @@ def test_set_seed_decides_all_random_numbers():
     def draw():
         ml.set_seed(7)
         return random.random(), numpy.random.rand(), torch.rand(1).item(), F.dropout(torch.ones(9)).tolist()
-    assert draw() == draw()
+    assert draw() == draw(), "one seed for Python's, NumPy's and torch's generators"
     ml.set_seed(2**40)      # larger than NumPy's seeds
 
 
@@ -383,29 +389,31 @@ def test_set_seed_reproducible_asks_cudnn(monkeypatch):
     ml.set_seed(1)
     assert torch.backends.cudnn.benchmark, "only on demand: it costs speed"
     ml.set_seed(1, reproducible=True)
-    assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+    assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark, \
+        "deterministic kernels; benchmark would choose them by the clock"
 
 
 def test_parameters_by_kind():
     model = small_net()
     model[0].bias.requires_grad_(False)
     assert [p.shape for p in ml.trainable_params(model)] == [p.shape for p in model.parameters()
-                                                             if p.requires_grad]
+                                                             if p.requires_grad], "frozen parameters are left out"
     def ids(params): return {id(p) for p in params}
     norm = ids(model[1].parameters())
-    assert ids(ml.norm_bias_params(model, with_bias=False)) == norm
-    assert ids(ml.norm_bias_params(model)) == norm | ids([model[0].bias, model[3].bias])
+    assert ids(ml.norm_bias_params(model, with_bias=False)) == norm, "with_bias=False: nothing but norm layers"
+    assert ids(ml.norm_bias_params(model)) == norm | ids([model[0].bias, model[3].bias]), "each bias, even a frozen one"
     assert len(ml.norm_bias_params(nn.Sequential(model))) == len(ids(ml.norm_bias_params(model))), "each one once"
     lstm = nn.LSTM(2, 2)
     assert len(ml.norm_bias_params(lstm)) == 2, "bias_ih_l0 and bias_hh_l0 are biases, too"
-    assert len(ml.norm_bias_params(nn.Sequential(nn.GroupNorm(1, 2), nn.LayerNorm(2)), False)) == 4
+    assert len(ml.norm_bias_params(nn.Sequential(nn.GroupNorm(1, 2), nn.LayerNorm(2)), False)) == 4, \
+        "GroupNorm and LayerNorm are norm layers, too"
 
 
 def test_notes_show_up_with_the_error():
     e = ValueError('a')
     ml.add_note(e, 'one')
     ml.add_note(e, 'two')
-    assert e.__notes__ == ['one', 'two']
+    assert e.__notes__ == ['one', 'two'], "a new note must not replace the old ones"
 
 
 def test_to_device_without_a_device_takes_the_best_at_hand(monkeypatch):
@@ -420,7 +428,7 @@ def test_the_random_state_of_cuda_is_kept_as_well(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'get_rng_state_all', lambda: ['one state per device'])
     monkeypatch.setattr(torch.cuda, 'set_rng_state_all', put_back.append)
     ml.set_rng_state(ml.rng_state())
-    assert put_back == [['one state per device']]
+    assert put_back == [['one state per device']], "rng_state keeps the states of CUDA, set_rng_state gives them back"
 
 
 def test_to_device_may_copy_in_the_background():
@@ -429,7 +437,7 @@ def test_to_device_may_copy_in_the_background():
         def to(self, device, non_blocking=False): asked.append(non_blocking)
     ml.to_device([torch.ones(1).as_subclass(Spy)], 'cpu')
     ml.to_device([torch.ones(1).as_subclass(Spy)], 'cpu', non_blocking=True)
-    assert asked == [False, True]
+    assert asked == [False, True], "non_blocking is handed on, and off unless asked for"
 
 
 def test_a_state_of_random_numbers_is_plain():
@@ -442,7 +450,7 @@ def test_random_numbers_go_back_to_a_kept_state():
     def draw(): return random.random(), numpy.random.rand(), torch.rand(1).item()
     state = ml.rng_state()
     first = draw()
-    assert draw() != first
+    assert draw() != first, "reading the state stops nothing: the numbers go on"
     ml.set_rng_state(state)
     assert draw() == first, "Python's, NumPy's and torch's generators"
     del state['numpy']
@@ -452,11 +460,13 @@ def test_random_numbers_go_back_to_a_kept_state():
 def test_names_of_functions_and_objects():
     class TopScoreMetric: pass
     partial = functools.partial(F.mse_loss, reduction='sum')
-    assert [ml.func_name(f) for f in (F.mse_loss, partial, TopScoreMetric())] == ['mse_loss', 'mse_loss', 'top_score']
+    assert [ml.func_name(f) for f in (F.mse_loss, partial, TopScoreMetric())] == ['mse_loss', 'mse_loss', 'top_score'],\
+        "a partial: its function's name; an object: its class's, in snake case"
 
 
 def test_plain_values_can_be_read_again_without_running_code():
-    assert ml.is_plain({'a': [1, (2., None, 'b', True)], 3: torch.ones(1)})
+    assert ml.is_plain({'a': [1, (2., None, 'b', True)], 3: torch.ones(1)}), \
+        "nested plain values are plain: tensors, None and keys that are numbers, too"
     for odd in (object(), {'a': object()}, {object(): 1}, [{1}], torch.float32):
         assert not ml.is_plain(odd), f"{odd} would need code of its own"
 
@@ -466,7 +476,7 @@ def test_a_loader_may_detach_in_its_own_way():
     own = types.SimpleNamespace(to_detach=lambda b, cpu, gather: calls.append((b, cpu, gather)))
     ml.to_detach_from_dl(types.SimpleNamespace(dl=own), 'batch')
     ml.to_detach_from_dl(types.SimpleNamespace(dl=own), 'batch', cpu=False, gather=False)
-    assert calls == [('batch', True, True), ('batch', False, False)]
+    assert calls == [('batch', True, True), ('batch', False, False)], "cpu and gather are handed on, True by default"
 
 
 # =============================================================================================
@@ -484,9 +494,10 @@ def test_tensor_loader_covers_the_rows_in_order(n, bs, drop_last):
     x = torch.arange(n)
     got = list(ml.TensorLoader(x, -x, bs=bs, drop_last=drop_last))
     oracle = list(DataLoader(TensorDataset(x, -x), bs, drop_last=drop_last))
-    assert len(got) == len(oracle) == len(ml.TensorLoader(x, bs=bs, drop_last=drop_last))
+    assert len(got) == len(oracle) == len(ml.TensorLoader(x, bs=bs, drop_last=drop_last)), \
+        "len() counts the batches that come, as torch's DataLoader does"
     for (xb, yb), (xo, yo) in zip(got, oracle):
-        assert torch.equal(xb, xo) and torch.equal(yb, yo)
+        assert torch.equal(xb, xo) and torch.equal(yb, yo), "as torch's DataLoader: the same rows in the same order"
 
 
 def test_tensor_loader_shuffles_anew_each_epoch_and_keeps_pairs():
@@ -515,13 +526,14 @@ def test_tensor_loader_refuses_bad_input():
 
 def test_dataloaders_name_their_parts():
     dls = line_dls(path='here', vocab=['a', 'b'])
-    assert dls[0] is dls.train and dls[1] is dls.valid and str(dls.path) == 'here'
-    assert dls.train_ds is dls.train.dataset and dls.valid_ds.tensors[0].shape == (24, 1)
+    assert dls[0] is dls.train and dls[1] is dls.valid and str(dls.path) == 'here', \
+        "the first loader trains, the second validates; the path is kept"
+    assert dls.train_ds is dls.train.dataset and dls.valid_ds.tensors[0].shape == (24, 1), "each loader's own data set"
     assert dls.bs == 16, "what DataLoaders lacks is read from the training loader"
     with pytest.raises(AttributeError):
         dls.nothing
     extra = [1]
-    assert ml.DataLoaders([], [], extra, device='cpu')[2] is extra
+    assert ml.DataLoaders([], [], extra, device='cpu')[2] is extra, "more loaders are welcome: dls[2] may be a test set"
     assert ml.DataLoaders([], None, extra, device='cpu').valid is None, "a test set does not validate"
 
 
@@ -539,7 +551,7 @@ def test_dataloaders_refuse_what_can_be_read_only_once():
 def test_dataloaders_survive_copy_and_pickle():
     dls = line_dls()
     for dup in (copy.copy(dls), copy.deepcopy(dls), pickle.loads(pickle.dumps(dls))):
-        assert len(dup.train) == 4
+        assert len(dup.train) == 4, "copy and pickle skip __init__: the copy must still have its loaders"
 
 
 @pytest.mark.parametrize('batch, n_inp, n_x, n_y', [
@@ -547,16 +559,17 @@ def test_dataloaders_survive_copy_and_pickle():
     ((1, 2, 3), None, 2, 1), ((1, 2, 3), 1, 1, 2), ((1, 2), 2, 2, 0)])
 def test_split_batch(batch, n_inp, n_x, n_y):
     xb, yb = ml.DataLoaders([], n_inp=n_inp).split_batch(batch)
-    assert type(xb) is tuple and type(yb) is tuple and (len(xb), len(yb)) == (n_x, n_y)
+    assert type(xb) is tuple and type(yb) is tuple and (len(xb), len(yb)) == (n_x, n_y), \
+        "always two tuples: n_inp inputs, or all but the last item; then the targets"
 
 
 def test_n_inp_may_come_from_the_loader_or_later():
     dl = ml.TensorLoader(torch.ones(2), torch.ones(2), torch.ones(2))
     dl.n_inp = 1
     dls = ml.DataLoaders(dl)
-    assert dls.n_inp == 1 and len(dls.split_batch((1, 2, 3))[1]) == 2
+    assert dls.n_inp == 1 and len(dls.split_batch((1, 2, 3))[1]) == 2, "if nobody says n_inp, the training loader may"
     dls.n_inp = 2
-    assert len(dls.split_batch((1, 2, 3))[0]) == 2
+    assert len(dls.split_batch((1, 2, 3))[0]) == 2, "n_inp is read at each split, so a later change counts"
 
 
 def test_dict_batches_say_what_to_override():
@@ -583,11 +596,12 @@ def test_from_tensors_options():
     x, y = line_data(10)
     dls = ml.DataLoaders.from_tensors(x, y, valid=(x[:3], y[:3]), bs=4, drop_last=True,
                                       vocab='ab', device='cpu')
-    assert len(dls.train) == 2 and len(dls.valid) == 1 and dls.train.shuffle and not dls.valid.shuffle
-    assert dls.vocab == 'ab'
-    assert ml.DataLoaders.from_tensors(x, y, valid_pct=0).valid is None
+    assert len(dls.train) == 2 and len(dls.valid) == 1 and dls.train.shuffle and not dls.valid.shuffle, \
+        "shuffle and drop_last are for training: validation needs every row, in order"
+    assert dls.vocab == 'ab', "other keywords go on to DataLoaders"
+    assert ml.DataLoaders.from_tensors(x, y, valid_pct=0).valid is None, "valid_pct=0: nothing is held out to validate"
     held_out = ml.DataLoaders.from_tensors(x, y, valid_pct=0.3, device='cpu')
-    assert [len(dl.dataset) for dl in held_out.loaders] == [7, 3]
+    assert [len(dl.dataset) for dl in held_out.loaders] == [7, 3], "three rows of ten are held out, and train no more"
     for bad in (-0.1, 1, 2):
         with pytest.raises(ValueError, match='valid_pct'):
             ml.DataLoaders.from_tensors(x, y, valid_pct=bad)
@@ -596,22 +610,24 @@ def test_from_tensors_options():
 def test_from_dsets_uses_torch_loaders():
     ds = TensorDataset(*line_data(10))
     dls = ml.DataLoaders.from_dsets(ds, ds, bs=4, drop_last=True, device='cpu')
-    assert isinstance(dls.train, DataLoader) and (len(dls.train), len(dls.valid)) == (2, 3)
-    assert ml.DataLoaders.from_dsets(ds).valid is None
-    assert len(ml.DataLoaders.from_dsets(ds, []).valid) == 0
+    assert isinstance(dls.train, DataLoader) and (len(dls.train), len(dls.valid)) == (2, 3), \
+        "drop_last is for training: validation must not lose rows"
+    assert ml.DataLoaders.from_dsets(ds).valid is None, "without a second data set, nothing is validated"
+    assert len(ml.DataLoaders.from_dsets(ds, []).valid) == 0, "an empty data set is falsy, but it is not None"
 
 
 def test_to_moves_the_tensors_of_memory_and_the_batches():
     dls = ml.DataLoaders(ml.TensorLoader(torch.ones(2)), [torch.ones(2)], device='cpu')
-    assert dls.to('meta') is dls and dls.device.type == 'meta'
+    assert dls.to('meta') is dls and dls.device.type == 'meta', "to() remembers the device; it returns the DataLoaders"
     assert dls.train_ds.tensors[0].device.type == 'meta', "in memory: moved at once"
-    assert dls.one_batch()[0].device.type == 'meta'
-    assert ml.DataLoaders([torch.ones(2)], device='cpu').cpu().device.type == 'cpu'
+    dls = ml.DataLoaders([torch.ones(2)], device='meta')
+    assert dls.one_batch().device.type == 'meta', "a list stays where it is; each of its batches moves"
+    assert dls.cpu().device.type == 'cpu', "cpu() is to() with the CPU"
 
 
 @needs_cuda
 def test_dls_cuda():
-    assert line_dls().cuda().one_batch()[0].is_cuda
+    assert line_dls().cuda().one_batch()[0].is_cuda, "after cuda(), batches come on the GPU"
 
 
 def test_show_batch_draws_what_a_person_reads():
@@ -621,9 +637,10 @@ def test_show_batch_draws_what_a_person_reads():
     axs = dls.show_batch(max_n=5)
     shown = [ax for ax in axs.flat if ax.get_visible()]
     assert len(shown) == 5 and all(len(ax.lines) == 1 for ax in shown), "a signal is a line"
-    assert all(ax.get_title() in 'abcdefghij' for ax in shown)
+    assert all(ax.get_title() in set('abcdefghij') for ax in shown), "a class is shown by its name, not by its number"
     for images in (torch.rand(3, 8, 8), torch.rand(3, 3, 8, 8), torch.rand(3, 1, 8, 8)):
-        assert all(len(ax.images) == 1 for ax in list(ml.show_samples(images, 'xyz').flat)[:3])
+        assert all(len(ax.images) == 1 for ax in list(ml.show_samples(images, 'xyz').flat)[:3]), \
+            "height and width make an image, with channels or without"
         axs = ml.show_samples(images)
         assert axs.flat[0].get_title() == '', "titles may be left out"
         assert axs.flat[0].figure.get_size_inches().tolist() == [4, 4], "1.5 inches for each sample of a row of two, and 1"
@@ -632,22 +649,25 @@ def test_show_batch_draws_what_a_person_reads():
 
 def test_decoded():
     dls = ml.DataLoaders([], vocab=['cat', 'dog'])
-    assert dls.decoded(torch.tensor(1)) == 'dog'
+    assert dls.decoded(torch.tensor(1)) == 'dog', "a class number is a place in the vocab"
     dls.decode = lambda y: f'<{y}>'
     assert dls.decoded(3) == '<3>', "decode wins over vocab"
-    assert ml.DataLoaders([]).decoded(torch.tensor(2.5)) == 2.5
+    plain = ml.DataLoaders([]).decoded(torch.tensor(2.5))
+    assert plain == 2.5 and type(plain) is float, "without vocab and decode, the plain number"
 
 
 def test_mnist1d_is_as_documented():
     state = torch.random.get_rng_state()
     (x, y), (xt, yt) = ml.mnist1d()
     assert torch.random.get_rng_state().equal(state), "its own generator, not the global one"
-    assert x.shape == (4000, 1, 40) and xt.shape == (1000, 1, 40) and x.dtype == torch.float32
-    assert y.shape == (4000,) and yt.shape == (1000,) and y.dtype == torch.int64
+    assert x.shape == (4000, 1, 40) and xt.shape == (1000, 1, 40) and x.dtype == torch.float32, \
+        "four fifths train; Conv1d wants (rows, channels, points) in float32"
+    assert y.shape == (4000,) and yt.shape == (1000,) and y.dtype == torch.int64, "cross_entropy wants int64 classes"
     assert torch.cat([y, yt]).bincount().tolist() == [500] * 10, "classes of equal size"
     both = torch.cat([x, xt])
-    assert both.mean().abs() < 1e-5 and both.std().item() == pytest.approx(1, abs=1e-3)
-    assert ml.mnist1d()[0][0].equal(x) and not ml.mnist1d(seed=1)[0][0].equal(x)
+    assert both.mean().abs() < 1e-5 and both.std().item() == pytest.approx(1, abs=1e-3), \
+        "normalized over all rows: mean 0, standard deviation 1"
+    assert ml.mnist1d()[0][0].equal(x) and not ml.mnist1d(seed=1)[0][0].equal(x), "the seed decides which signals come"
     for bad in (0, -10, 25):
         with pytest.raises(ValueError, match='multiple of 10'):
             ml.mnist1d(bad)
@@ -657,7 +677,8 @@ def test_plain_loop_learns():
     model, dls = Line(), line_dls()
     opt = torch.optim.SGD(model.parameters(), 0.1)
     losses = ml.fit_plain(model, dls.train, dls.valid, F.mse_loss, opt, 10)
-    assert losses[-1] < 0.05 < losses[0] and model.a.item() == pytest.approx(2, abs=0.2)
+    assert losses[-1] < 0.05 < losses[0] and model.a.item() == pytest.approx(2, abs=0.2), \
+        "the loss falls, and the line has the slope 2 of the data"
 
 
 def test_decoded_leaves_numbers_alone_without_a_vocab():
@@ -676,7 +697,8 @@ def test_from_dsets_shuffles_the_training_rows_only():
 def test_samples_are_drawn_without_ticks():
     import matplotlib.pyplot as plt
     axs = ml.show_samples(torch.rand(2, 1, 8), 'ab')
-    assert axs.shape == (2, 2) and all(list(ax.get_xticks()) == [] == list(ax.get_yticks()) for ax in axs.flat)
+    assert axs.shape == (2, 2) and all(list(ax.get_xticks()) == [] == list(ax.get_yticks()) for ax in axs.flat), \
+        "two samples make a square grid of 2 x 2; no ticks, on the unused axes either"
     plt.close('all')
 
 
@@ -706,43 +728,50 @@ def close(t, values):
 def test_step_functions_do_what_they_say():
     p = param()
     ml.sgd_step(p, lr=0.1, anything=0)
-    assert close(p, [0.95, 2.1])
+    assert close(p, [0.95, 2.1]), "p -= lr * grad; what it does not know, **kwargs swallows"
     p = param()
     ml.weight_decay(p, lr=0.1, wd=0.5)
-    assert close(p, [0.95, 1.9])
+    assert close(p, [0.95, 1.9]), "every weight shrinks by its share lr * wd; the gradient plays no part"
     ml.weight_decay(p, lr=0.1, wd=0.5, do_wd=False)
     assert close(p, [0.95, 1.9]), "do_wd=False: this parameter is not decayed"
     p = param()
     ml.l2_reg(p, lr=0.1, wd=0.5)
     assert close(p.grad, [1., 0.]) and close(p, [1., 2.]), "L2 goes through the gradient"
     ml.momentum_step(p, lr=0.1, grad_avg=torch.tensor([1., 1.]))
-    assert close(p, [0.9, 1.9])
+    assert close(p, [0.9, 1.9]), "the average steps in for the gradient"
 
 
 def test_averages_begin_at_zero():
     p = param()
     avg = ml.average_grad(p, mom=0.9)['grad_avg']
-    assert close(avg, [0.5, -1.])
-    assert close(ml.average_grad(p, mom=0.9, grad_avg=avg.clone())['grad_avg'], [0.95, -1.9])
-    assert close(ml.average_grad(p, mom=0.9, dampening=True)['grad_avg'], [0.05, -0.1])
-    assert close(ml.average_sqr_grad(p, sqr_mom=0.9)['sqr_avg'], [0.025, 0.1])
-    assert close(ml.average_sqr_grad(p, sqr_mom=0.9, dampening=False)['sqr_avg'], [0.25, 1.])
-    assert ml.step_stat(p) == {'step': 1} and ml.step_stat(p, step=4) == {'step': 5}
+    assert close(avg, [0.5, -1.]), "from 0, the first average is the gradient itself"
+    assert close(ml.average_grad(p, mom=0.9, grad_avg=avg.clone())['grad_avg'], [0.95, -1.9]), \
+        "the old average fades by mom, the gradient counts in full"
+    assert close(ml.average_grad(p, mom=0.9, dampening=True)['grad_avg'], [0.05, -0.1]), \
+        "dampening=True: the gradient counts by 1 - mom"
+    assert close(ml.average_sqr_grad(p, sqr_mom=0.9)['sqr_avg'], [0.025, 0.1]), \
+        "squares are dampened unless said otherwise, and their signs are gone"
+    assert close(ml.average_sqr_grad(p, sqr_mom=0.9, dampening=False)['sqr_avg'], [0.25, 1.]), \
+        "dampening=False: the square counts in full"
+    assert ml.step_stat(p) == {'step': 1} and ml.step_stat(p, step=4) == {'step': 5}, \
+        "the first step is number 1, and each further one adds 1"
 
 
 def test_debias_is_the_sum_of_the_weights():
     mom, damp = 0.8, 0.2
-    assert ml.debias(mom, damp, 3) == pytest.approx(damp * (1 + mom + mom**2))
-    assert ml.debias(0.9, 0.1, 1) == pytest.approx(0.1) and ml.debias(0.9, 0.1, 10**4) == pytest.approx(1)
+    assert ml.debias(mom, damp, 3) == pytest.approx(damp * (1 + mom + mom**2)), \
+        "the gradients of three steps have the weights damp, damp * mom, damp * mom**2"
+    assert ml.debias(0.9, 0.1, 1) == pytest.approx(0.1) and ml.debias(0.9, 0.1, 10**4) == pytest.approx(1), \
+        "at first one small weight; in the end their sum is 1: nothing to correct"
 
 
 def test_rms_prop_step_takes_the_average_if_there_is_one():
     p = param()
     ml.rms_prop_step(p, lr=0.1, sqr_avg=torch.tensor([4., 4.]), eps=0.)
-    assert close(p, [1 - 0.1 * 0.25, 2 + 0.1 * 0.5])
+    assert close(p, [1 - 0.1 * 0.25, 2 + 0.1 * 0.5]), "without an average, the gradient over the root of sqr_avg"
     p = param()
     ml.rms_prop_step(p, lr=0.1, sqr_avg=torch.tensor([4., 4.]), eps=1., grad_avg=torch.tensor([3., 0.]))
-    assert close(p, [0.9, 2.])
+    assert close(p, [0.9, 2.]), "grad_avg replaces the gradient; eps joins after the root"
 
 
 SAME_OPTIMIZERS = {
@@ -800,17 +829,19 @@ def test_rms_prop_with_momentum_divides_the_average():
         opt.step()
         avg, sqr = 0.9 * avg + grad, 0.99 * sqr + 0.01 * grad**2
         w -= 0.1 * avg / (math.sqrt(sqr) + 1e-8)
-    assert p.item() == pytest.approx(w, rel=1e-5)
+    assert p.item() == pytest.approx(w, rel=1e-5), "averaged, then divided; torch.optim.RMSprop divides, then averages"
 
 
 def test_optimizer_takes_parameters_groups_and_generators():
-    assert ml.Optimizer([1, 2, 3], ml.sgd_step).param_lists == [[1, 2, 3]]
-    assert ml.Optimizer([[1, 2], [3]], ml.sgd_step).param_lists == [[1, 2], [3]]
-    assert ml.Optimizer((o for o in [1, 2]), ml.sgd_step).param_lists == [[1, 2]]
-    assert ml.Optimizer([(o for o in [1, 2]), [3]], ml.sgd_step).param_lists == [[1, 2], [3]]
+    assert ml.Optimizer([1, 2, 3], ml.sgd_step).param_lists == [[1, 2, 3]], "bare parameters are one group"
+    assert ml.Optimizer([[1, 2], [3]], ml.sgd_step).param_lists == [[1, 2], [3]], "a list of lists: each is a group"
+    assert ml.Optimizer((o for o in [1, 2]), ml.sgd_step).param_lists == [[1, 2]], "a generator is one group, too"
+    assert ml.Optimizer([(o for o in [1, 2]), [3]], ml.sgd_step).param_lists == [[1, 2], [3]], \
+        "a group may itself be a generator"
     t = torch.ones(3)
     assert ml.Optimizer(t, ml.sgd_step).param_lists[0][0] is t, "one tensor is one parameter"
-    assert len(ml.Optimizer(nn.Linear(2, 2).parameters(), ml.sgd_step).param_lists[0]) == 2
+    assert len(ml.Optimizer(nn.Linear(2, 2).parameters(), ml.sgd_step).param_lists[0]) == 2, \
+        "parameters() can be looped over once only: keep what it gives"
     with pytest.raises(ValueError, match='twice'):
         ml.Optimizer([[t], [t]], ml.sgd_step)
 
@@ -819,20 +850,22 @@ def test_hypers_come_from_step_functions_and_keywords():
     def f(p, **kwargs): pass
     def g(p, **kwargs): pass
     f.defaults, g.defaults = {'lr': 1e-2, 'a': 1}, {'lr': 2e-2}
-    assert ml.Optimizer([1], f).hypers == [{'lr': 1e-2, 'a': 1}]
+    assert ml.Optimizer([1], f).hypers == [{'lr': 1e-2, 'a': 1}], "the `defaults` of a step function are hypers"
     assert ml.Optimizer([1], [f, g]).hypers == [{'lr': 2e-2, 'a': 1}], "later ones override"
     assert ml.Optimizer([1], [f, g], lr=3).hypers == [{'lr': 3, 'a': 1}], "keywords override all"
-    assert ml.Optimizer([1], functools.partial(f, b=1)).hypers == [{'lr': 1e-2, 'a': 1}]
-    assert ml.Optimizer([[1], [2]], f, lr=[1, 2]).hypers == [{'lr': 1, 'a': 1}, {'lr': 2, 'a': 1}]
+    assert ml.Optimizer([1], functools.partial(f, b=1)).hypers == [{'lr': 1e-2, 'a': 1}], \
+        "a partial hides the `defaults`: they are on its function"
+    assert ml.Optimizer([[1], [2]], f, lr=[1, 2]).hypers == [{'lr': 1, 'a': 1}, {'lr': 2, 'a': 1}], \
+        "a list has one value per group; each group has a dict of its own"
 
 
 def test_set_hyper_spreads_values_over_groups():
     opt = ml.Optimizer([[1], [2], [3]], ml.sgd_step, lr=0.1)
     def lrs(): return [h['lr'] for h in opt.hypers]
     opt.set_hyper('lr', 0.5)
-    assert lrs() == [0.5] * 3
+    assert lrs() == [0.5] * 3, "one number is for all groups"
     opt.set_hyper('lr', (1, 2, 3))
-    assert lrs() == [1, 2, 3]
+    assert lrs() == [1, 2, 3], "a tuple has one value for each group"
     opt.set_hyper('lr', slice(1e-4, 1e-2))
     assert lrs() == pytest.approx([1e-4, 1e-3, 1e-2]), "equal factors from first to last"
     opt.set_hyper('lr', slice(1e-2))
@@ -842,7 +875,8 @@ def test_set_hyper_spreads_values_over_groups():
     with pytest.raises(ValueError, match='wd='):
         opt.set_hyper('wd', -1)
     opt.set_hypers(mom=0.9, wd=torch.tensor(0.5))
-    assert opt.hypers[1] == {'lr': pytest.approx(1e-3), 'mom': 0.9, 'wd': 0.5}
+    assert opt.hypers[1] == {'lr': pytest.approx(1e-3), 'mom': 0.9, 'wd': 0.5}, "the hypers that are not named stay"
+    assert type(opt.hypers[1]['wd']) is float, "a plain number, also from a tensor: it goes into safe files"
     opt.set_hyper('lr', slice(__import__('numpy').float64(0.5)))
     assert [type(lr) for lr in lrs()] == [float] * 3, "plain numbers: they go into safe files"
     one = ml.Optimizer([1], ml.sgd_step, lr=slice(1e-4, 1e-2))
@@ -864,7 +898,7 @@ def test_negative_learning_rates_are_refused():
             opt.set_hyper('lr', bad)
     with pytest.raises(ValueError, match='lr='):
         ml.SGD([param()], lr=-0.1)
-    assert opt.hypers == [{'lr': 0.1}]
+    assert opt.hypers == [{'lr': 0.1}], "a refused rate changes nothing"
 
 
 @pytest.mark.parametrize('cbs, given, missing', [
@@ -878,7 +912,7 @@ def test_a_missing_hyper_is_named_before_any_weight_moves(cbs, given, missing):
     opt = ml.Optimizer([p], cbs, **given)
     with pytest.raises(ValueError, match=missing):
         opt.step()
-    assert close(p, [1., 2.]) and close(p.grad, [0.5, -1.])
+    assert close(p, [1., 2.]) and close(p.grad, [0.5, -1.]), "to find what is missing, try a copy, not the weights"
 
 
 def test_state_need_not_be_an_argument_of_the_function_that_returns_it():
@@ -887,7 +921,7 @@ def test_state_need_not_be_an_argument_of_the_function_that_returns_it():
     def norm_step(p, lr, norm, **kwargs): p.data.add_(p.grad / norm, alpha=-lr)
     p = param((1., 2.), (3., 4.))
     ml.Optimizer([p], [norm, norm_step], lr=1.).step()
-    assert close(p, [1 - 0.6, 2 - 0.8])
+    assert close(p, [1 - 0.6, 2 - 0.8]), "what one function returns, the next one gets in the same step"
     calls.clear()
     ml.Optimizer([p], [norm, ml.sgd_step], lr=1.).step()
     assert calls == ['norm'], "where nothing is in doubt, each function runs once"
@@ -926,7 +960,7 @@ def test_the_books_step_functions_work_unchanged():
             (functools.partial(ml.Optimizer, cbs=[average_sqr_grad, rms_prop_step], sqr_mom=0.9,
                                eps=1e-8, lr=0.01), SAME_OPTIMIZERS['rmsprop'][1])]:
         for a, b in zip(train_100_steps(book), train_100_steps(mine)):
-            assert torch.allclose(a, b, rtol=1e-9)
+            assert torch.allclose(a, b, rtol=1e-9), "as torch's optimizer: pass state by keyword, keep what is returned"
 
 
 @pytest.mark.parametrize('make', [ml.Adam, lambda ps, lr: ml.OptimWrapper(ps, torch.optim.AdamW, lr=lr)])
@@ -939,7 +973,7 @@ def test_the_state_of_another_shape_is_refused_before_any_change(make):
     before = str(b.state_dict())
     with pytest.raises(ValueError, match='another shape'):
         b.load_state_dict(a.state_dict())
-    assert str(b.state_dict()) == before
+    assert str(b.state_dict()) == before, "all shapes are compared before the first state is taken over"
     swapped = dict(reversed(copy.deepcopy(a.state_dict()).items()))
     a.load_state_dict(swapped)      # the order of keys means nothing
     with pytest.raises(ValueError):
@@ -951,10 +985,11 @@ def test_step_updates_state_and_leaves_alone_what_has_no_gradient():
     p, q = param(), param()
     q.grad = None
     opt = ml.Optimizer([p, q], [count, ml.sgd_step], lr=0.1)
-    assert opt.state[p] == {}
+    assert opt.state[p] == {}, "before the first step nothing is remembered"
     opt.state[p] = {'n': 5}
     opt.step()
-    assert opt.state[p] == {'n': 6} and opt.state[q] == {} and close(q, [1., 2.])
+    assert opt.state[p] == {'n': 6} and opt.state[q] == {} and close(q, [1., 2.]), \
+        "the state of p counts on; q has no gradient, hence no step and no state"
     adam = ml.Adam([q], lr=0.1, wd=0.5)
     adam.step()
     assert close(q, [1., 2.]), "no gradient, no weight decay either"
@@ -965,9 +1000,10 @@ def test_all_params_lists_parameter_group_state_and_hypers():
     q.grad = None
     opt = ml.Optimizer([[p], [q]], ml.sgd_step, lr=[1, 2])
     (p0, group, state, hyper), (q0, *_) = opt.all_params()
-    assert p0 is p and q0 is q and group[0] is p and state is opt.state[p] and hyper == {'lr': 1}
-    assert [o[0] for o in opt.all_params(slice(1, None))][0] is q
-    assert len(opt.all_params(with_grad=True)) == 1
+    assert p0 is p and q0 is q and group[0] is p and state is opt.state[p] and hyper == {'lr': 1}, \
+        "each with its group, its state (no copy) and the hypers of its group"
+    assert [o[0] for o in opt.all_params(slice(1, None))][0] is q, "the slice picks groups"
+    assert len(opt.all_params(with_grad=True)) == 1, "with_grad=True: only what has a gradient"
 
 
 @pytest.mark.parametrize('make', [ml.Adam, ml.RMSProp, functools.partial(ml.SGD, mom=0.9),
@@ -1003,19 +1039,20 @@ def equal_states(a, b):
 
 def test_param_groups_are_read_and_written():
     opt = ml.Optimizer([[1], [2]], ml.sgd_step, lr=0.1)
-    assert [dict(g) for g in opt.param_groups] == [{'params': [1], 'lr': 0.1}, {'params': [2], 'lr': 0.1}]
+    assert [dict(g) for g in opt.param_groups] == [{'params': [1], 'lr': 0.1}, {'params': [2], 'lr': 0.1}], \
+        "as in torch: per group one dict of parameters and hypers"
     opt.param_groups[0]['lr'] = 5
     assert opt.hypers[0] == {'lr': 5}, "tools that write to param_groups reach the hypers"
     opt.param_groups = [{'params': [3], 'lr': 1}]
-    assert opt.param_lists == [[3]] and opt.hypers == [{'lr': 1}]
+    assert opt.param_lists == [[3]] and opt.hypers == [{'lr': 1}], "assigned, it replaces parameters and hypers"
 
 
 def test_zero_grad():
     p, q = param(), param()
     ml.Optimizer([p], ml.sgd_step, lr=0.1).zero_grad()
-    assert p.grad is None
+    assert p.grad is None, "None is the default, as in torch: it frees the memory"
     ml.Optimizer([p, q], ml.sgd_step, lr=0.1).zero_grad(set_to_none=False)
-    assert p.grad is None and close(q.grad, [0., 0.])
+    assert p.grad is None and close(q.grad, [0., 0.]), "filled with 0, but where there is no gradient none is made"
 
 
 def test_freezing_by_groups():
@@ -1024,16 +1061,17 @@ def test_freezing_by_groups():
     opt.state[ps[1]]['force_train'] = True
     def trains(): return [p.requires_grad for p in ps]
     opt.freeze_to(1)
-    assert trains() == [False, True, True, True] and opt.frozen_idx == 1
+    assert trains() == [False, True, True, True] and opt.frozen_idx == 1, \
+        "what stands before group 1 rests, but not what must train (force_train)"
     opt.freeze()
-    assert trains() == [False, True, False, True] and opt.frozen_idx == 2
+    assert trains() == [False, True, False, True] and opt.frozen_idx == 2, "only the last group trains, and what must"
     opt.freeze_to(-2)
-    assert trains() == [False, True, True, True]
+    assert trains() == [False, True, True, True], "a negative number counts from the end"
     opt.unfreeze()
-    assert trains() == [True] * 4 and opt.frozen_idx == 0
+    assert trains() == [True] * 4 and opt.frozen_idx == 0, "unfreeze: all train, from group 0 on"
     with pytest.warns(UserWarning, match='freezes all 3'):
         opt.freeze_to(3)
-    assert trains() == [False, True, False, False]
+    assert trains() == [False, True, False, False], "even if all groups are frozen, force_train wins"
     with pytest.raises(ValueError, match='splitter'):
         ml.Optimizer([1], ml.sgd_step).freeze()
 
@@ -1047,7 +1085,7 @@ def test_frozen_groups_equal_torch_with_one_group_less():
         opt.freeze_to = lambda n: [p.requires_grad_(False) for p in groups[0]]
         return opt
     for a, b in zip(own, train_100_steps(torch_half, freeze_first=True)):
-        assert torch.allclose(a, b, rtol=1e-9)
+        assert torch.allclose(a, b, rtol=1e-9), "as torch.optim.AdamW that knows the second group alone"
 
 
 def test_clear_state_keeps_the_marks():
@@ -1055,9 +1093,9 @@ def test_clear_state_keeps_the_marks():
     opt = ml.Adam([p], lr=0.1)
     opt.state[p] = {'do_wd': False, 'force_train': True}
     opt.step()
-    assert 'grad_avg' in opt.state[p]
+    assert 'grad_avg' in opt.state[p], "the averages join the marks in the state"
     opt.clear_state()
-    assert opt.state[p] == {'do_wd': False, 'force_train': True}
+    assert opt.state[p] == {'do_wd': False, 'force_train': True}, "the marks are settings, not memory: they survive"
 
 
 def test_optimizer_state_goes_out_and_in():
@@ -1090,24 +1128,27 @@ TORCH_OPTIMIZERS = [functools.partial(torch.optim.SGD, momentum=0.9), torch.opti
 @pytest.mark.parametrize('make', TORCH_OPTIMIZERS)
 def test_wrapped_optimizer_equals_the_bare_one(make):
     own = train_100_steps(lambda ps: ml.OptimWrapper(ps, make, lr=0.01))
-    assert all(torch.equal(a, b) for a, b in zip(own, train_100_steps(functools.partial(make, lr=0.01))))
+    assert all(torch.equal(a, b) for a, b in zip(own, train_100_steps(functools.partial(make, lr=0.01)))), \
+        "the wrapper only translates: torch computes, to the last bit"
 
 
 def test_wrapper_translates_hypers():
     p, q = param(), param()
     adam = ml.OptimWrapper([[p], [q]], torch.optim.AdamW, lr=0.1, mom=0.8, wd=0.3)
     assert len(adam.param_lists) == 2 and adam.hypers[0] == {
-        'lr': 0.1, 'mom': 0.8, 'sqr_mom': 0.999, 'wd': 0.3, 'eps': 1e-8}
+        'lr': 0.1, 'mom': 0.8, 'sqr_mom': 0.999, 'wd': 0.3, 'eps': 1e-8}, \
+        "mom and sqr_mom are torch's betas, wd its weight_decay; eps keeps its name"
     adam.set_hyper('sqr_mom', [0.5, 0.6])
     adam.set_hyper('lr', slice(0.1, 1))
-    assert [g['betas'] for g in adam.opt.param_groups] == [(0.8, 0.5), (0.8, 0.6)]
-    assert [g['lr'] for g in adam.opt.param_groups] == pytest.approx([0.1, 1])
+    assert [g['betas'] for g in adam.opt.param_groups] == [(0.8, 0.5), (0.8, 0.6)], "betas is a tuple: the first stays"
+    assert [g['lr'] for g in adam.opt.param_groups] == pytest.approx([0.1, 1]), "a slice spreads over torch's groups"
     sgd = ml.OptimWrapper([p], functools.partial(torch.optim.SGD, momentum=0.7), lr=0.1)
-    assert sgd.hypers[0]['mom'] == 0.7
+    assert sgd.hypers[0]['mom'] == 0.7, "what the partial set is read under our name"
     sgd.set_hypers(mom=0.5, wd=0.1)
-    assert sgd.opt.param_groups[0]['momentum'] == 0.5 and sgd.opt.param_groups[0]['weight_decay'] == 0.1
+    assert sgd.opt.param_groups[0]['momentum'] == 0.5 and sgd.opt.param_groups[0]['weight_decay'] == 0.1, \
+        "mom and wd are written under torch's names"
     rms = ml.OptimWrapper([p], torch.optim.RMSprop, lr=0.1, sqr_mom=0.5)
-    assert rms.opt.param_groups[0]['alpha'] == 0.5
+    assert rms.opt.param_groups[0]['alpha'] == 0.5, "RMSprop has no betas: its sqr_mom is alpha"
     with pytest.raises(ValueError):
         rms.set_hyper('lr', -1)
     ml.OptimWrapper([p], torch.optim.Adagrad, lr=0.1).set_hyper('mom', 0.9)     # has none: no harm
@@ -1116,11 +1157,14 @@ def test_wrapper_translates_hypers():
 def test_wrapper_takes_what_torch_and_fastai_give():
     p, q = param(), param()
     inner = torch.optim.SGD([p], lr=0.1)
-    assert ml.OptimWrapper(inner).opt is inner and ml.OptimWrapper(opt=inner).opt is inner
+    assert ml.OptimWrapper(inner).opt is inner and ml.OptimWrapper(opt=inner).opt is inner, \
+        "an optimizer that exists is used itself, as params or as opt"
     groups = [{'params': [p], 'lr': 1.}, {'params': [q]}]
-    assert [h['lr'] for h in ml.OptimWrapper(groups, torch.optim.SGD, lr=0.1).hypers] == [1., 0.1]
-    assert len(ml.OptimWrapper(iter([p, q]), torch.optim.SGD, lr=0.1).param_lists[0]) == 2
-    assert ml.OptimWrapper(p, torch.optim.SGD, lr=0.1).param_lists == [[p]]
+    assert [h['lr'] for h in ml.OptimWrapper(groups, torch.optim.SGD, lr=0.1).hypers] == [1., 0.1], \
+        "a dict with a rate of its own keeps it; lr is for the others"
+    assert len(ml.OptimWrapper(iter([p, q]), torch.optim.SGD, lr=0.1).param_lists[0]) == 2, \
+        "an iterator can be read once only: no parameter may get lost"
+    assert ml.OptimWrapper(p, torch.optim.SGD, lr=0.1).param_lists == [[p]], "one tensor: one parameter in one group"
 
 
 MAKERS = {'SGD': ml.SGD, 'Adam': ml.Adam, 'torch SGD': torch.optim.SGD, 'torch Adam': torch.optim.Adam}
@@ -1130,18 +1174,19 @@ def test_wrapper_freezes_clears_and_saves():
     p, q = param(), param()
     opt = ml.OptimWrapper([[p], [q]], torch.optim.Adam, lr=0.1)
     opt.freeze()
-    assert not p.requires_grad and q.requires_grad
+    assert not p.requires_grad and q.requires_grad, "freeze: all but the last group rest"
     assert p.grad is None, "its gradient must not move it once more"
     opt.step()
     state = copy.deepcopy(opt.state_dict())
     opt.clear_state()
-    assert not opt.opt.state
+    assert not opt.opt.state, "clear_state: torch's memory is empty"
     opt.load_state_dict(state)
-    assert len(opt.opt.state) == 1
+    assert len(opt.opt.state) == 1, "q alone was trained; its state is back"
     opt.clear_state()
     assert not opt.opt.state, "also after torch made a new dict for it"
+    assert q.grad is not None
     opt.zero_grad()
-    assert p.grad is None
+    assert q.grad is None, "no gradient survives zero_grad"
 
 
 def test_sgd_with_momentum_decays_past_the_average():
@@ -1177,14 +1222,14 @@ def test_l2_spares_what_should_not_decay():
 
 def test_a_new_optimizer_trains_all_groups():
     for opt in (ml.SGD([[param()], [param()]], lr=0.1), ml.OptimWrapper([param()], torch.optim.SGD, lr=0.1)):
-        assert opt.frozen_idx == 0 and all(p.requires_grad for p, *_ in opt.all_params())
+        assert opt.frozen_idx == 0 and all(p.requires_grad for p, *_ in opt.all_params()), "at first nothing is frozen"
 
 
 def test_an_optimizer_without_parameters_has_one_empty_group():
     opt = ml.Optimizer([], ml.sgd_step, lr=0.1)
     opt.set_hyper('lr', 0.2)
     opt.step()
-    assert opt.param_lists == [[]] and opt.hypers == [{'lr': 0.2}]
+    assert opt.param_lists == [[]] and opt.hypers == [{'lr': 0.2}], "no parameters: one empty group, which has hypers"
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
@@ -1219,7 +1264,8 @@ def test_only_the_librarys_own_steps_see_many_parameters_as_one():
         p.grad = torch.ones(2)
     opt = ml.Optimizer(params, EachOwn(ml.sgd_step), lr=0.1)
     opt.step()
-    assert params[0].tolist() == [1, 1] and params[1].tolist() == pytest.approx([0.9, 0.9])
+    assert params[0].tolist() == [1, 1] and params[1].tolist() == pytest.approx([0.9, 0.9]), \
+        "a function of your own gets each parameter alone, so it can spare one"
 
 
 def test_state_of_any_kind_may_be_kept_beside():
@@ -1228,7 +1274,7 @@ def test_state_of_any_kind_may_be_kept_beside():
     for p in params:
         p.grad, opt.state[p]['tags'] = torch.ones(2), ['a list has no hash']
     opt.step()
-    assert all(p.tolist() == pytest.approx([0.9, 0.9]) for p in params)
+    assert all(p.tolist() == pytest.approx([0.9, 0.9]) for p in params), "a list has no hash, but may be in the state"
 
 
 needs_adafactor = pytest.mark.skipif(not hasattr(torch.optim, 'Adafactor'), reason="torch has it from 2.5 on")
@@ -1251,7 +1297,7 @@ def test_names_of_another_optimizer_can_be_mapped():
     opt = ml.OptimWrapper([nn.Parameter(torch.ones(1))], torch.optim.SGD, hp_map={'lr': 'speed'}, lr=0.1, momentum=0.9)
     assert opt.hypers == [{'speed': 0.1}], "the map says what is a hyper, and how it is called here"
     opt.set_hyper('speed', 0.2)
-    assert opt.opt.param_groups[0]['lr'] == 0.2
+    assert opt.opt.param_groups[0]['lr'] == 0.2, "the name that the map gives writes to torch's own"
     assert ml.OptimWrapper.hp_map['lr'] == 'lr', "the map of others stays as it is"
 
 
@@ -1260,7 +1306,7 @@ def test_l2_adds_any_decay_to_the_gradient(wd):
     p = nn.Parameter(torch.tensor([2.]))
     p.grad = torch.tensor([1.])
     ml.l2_reg(p, lr=0.1, wd=wd)
-    assert p.grad.item() == 1 + 2 * wd and p.item() == 2
+    assert p.grad.item() == 1 + 2 * wd and p.item() == 2, "grad += wd * p, also for wd=1; p itself waits for the step"
 
 
 # =============================================================================================
@@ -1272,8 +1318,8 @@ lesson("Callbacks", "Callback.__init__ Callback.__call__ "
 
 
 def test_event_lists_all_events():
-    assert ml.event.before_fit == 'before_fit'
-    assert set(vars(ml.event)) == set(ml.EVENTS) and len(ml.EVENTS) == 24
+    assert ml.event.before_fit == 'before_fit', "each event is an attribute that holds its own name"
+    assert set(vars(ml.event)) == set(ml.EVENTS) and len(ml.EVENTS) == 24, "the 24 names of EVENTS, and nothing else"
     with pytest.raises(AttributeError):
         ml.event.before_lunch
 
@@ -1281,12 +1327,14 @@ def test_event_lists_all_events():
 def test_every_cancel_exception_is_there():
     for part in 'Batch Step Backward Train Valid Epoch Fit'.split():
         kind = getattr(ml, f'Cancel{part}Exception')
-        assert issubclass(kind, ml.CancelException) and issubclass(kind, Exception) and kind.__doc__
+        assert issubclass(kind, ml.CancelException) and issubclass(kind, Exception) and kind.__doc__, \
+            "a CancelException, caught as such, with a docstring on what it ends"
 
 
 def test_callback_from_functions():
     cb = ml.Callback(after_fit=lambda self: f'done by {self.name}')
-    assert cb('after_fit') == 'done by callback' and cb('before_fit') is None
+    assert cb('after_fit') == 'done by callback' and cb('before_fit') is None, \
+        "the function gets the callback; other events do nothing"
     with pytest.raises(AttributeError, match="did you mean 'before_fit'"):
         ml.Callback(befor_fit=print)
 
@@ -1300,8 +1348,9 @@ def test_a_misspelt_event_is_an_error_with_the_nearest_name(wrong, near):
 
 def test_callback_names():
     class TstCallback(ml.Callback): pass
-    assert TstCallback().name == 'tst' and repr(TstCallback()) == 'TstCallback'
-    assert TstCallback().learn is None
+    assert TstCallback().name == 'tst' and repr(TstCallback()) == 'TstCallback', \
+        "the name is in snake case and without Callback; repr shows the class"
+    assert TstCallback().learn is None, "no learner until it is registered with one"
 
 
 def test_a_callback_from_functions_pickles():
@@ -1322,9 +1371,9 @@ def test_order_then_run_before_and_run_after():
     a, b, c = A(), B(), C()
     assert ml.sort_callbacks([a, c, b]) == [c, b, a], "equal orders keep their places"
     A.run_before = B
-    assert ml.sort_callbacks([c, b, a]) == [c, a, b]
+    assert ml.sort_callbacks([c, b, a]) == [c, a, b], "run_before a class is stronger than the order"
     A.run_before, C.run_after = (), [A, B]
-    assert ml.sort_callbacks([c, b, a]) == [b, a, c]
+    assert ml.sort_callbacks([c, b, a]) == [b, a, c], "run_after may be a list: C waits for both"
     B.run_after = C
     with pytest.raises(ValueError, match='contradict'):
         ml.sort_callbacks([a, b, c])
@@ -1333,9 +1382,9 @@ def test_order_then_run_before_and_run_after():
 def test_an_unregistered_callback_counts_as_training():
     cb = ml.Callback(after_loss=lambda self: 'ran')
     cb.run_valid = False
-    assert cb('after_loss') == 'ran'
+    assert cb('after_loss') == 'ran', "unregistered, it counts as training: run_valid plays no part"
     cb.run_train = False
-    assert cb('after_loss') is None
+    assert cb('after_loss') is None, "run_train=False silences what counts as training"
 
 
 class Owner:
@@ -1422,7 +1471,7 @@ def two_batch_learner(cbs, **kwargs):
 def test_events_come_in_the_documented_order():
     log = EventLog()
     two_batch_learner(log).fit(1)
-    assert log.events == ['after_create', *FIT]
+    assert log.events == ['after_create', *FIT], "each part is announced and ended; after_create comes once, before all"
 
 
 def tree(part, *items): return (part, items)
@@ -1484,7 +1533,8 @@ PLACES = [(e, t) for t in (True, False) for e in
 
 def test_the_model_of_a_fit_used_below_is_right():
     events = []
-    assert not expected_events(None, None, None, events) and events == FIT
+    assert not expected_events(None, None, None, events) and events == FIT, \
+        "about the test itself: undisturbed, its model of the loop gives the timeline"
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -1499,20 +1549,24 @@ def test_whatever_is_raised_anywhere_ends_what_has_begun(event, training, kind):
         learn.fit(1, cbs=[log, raiser])
     except BaseException as e:
         caught = e
-    assert log.events == expected
+    assert log.events == expected, "what has begun ends with after_...; a Cancel of its own is announced before"
     assert (caught is raiser.error) == escapes, "an error keeps its identity"
     if escapes:
         note = f'raised by the callback RaiseAt in {event}'
         assert note in caught.__notes__, "the traceback says which callback, which event"
     # and the learner is as good as new
-    assert log not in learn.cbs and log.learn is None and learn.xb == (None,) and learn.dl is None
-    assert learn.pred is None and learn.loss is None and not learn.training
-    assert all(p.grad is None for p in learn.model.parameters()) and torch.is_grad_enabled()
+    assert log not in learn.cbs and log.learn is None and learn.xb == (None,) and learn.dl is None, \
+        "callbacks of a fit leave with it; batch and loader are forgotten"
+    assert learn.pred is None and learn.loss is None and not learn.training, \
+        "pred and loss would hold memory; and the training is over"
+    assert all(p.grad is None for p in learn.model.parameters()) and torch.is_grad_enabled(), \
+        "gradients of a broken batch must not add to the next; grad mode is on again"
     fresh = two_batch_learner(None, model=copy.deepcopy(learn.model))
     fresh.ensure_opt().load_state_dict(learn.opt.state_dict())
     for o in (learn, fresh):
         o.fit(2)
-    assert same(weights(learn.model), weights(fresh.model)) and learn.epoch == 1
+    assert same(weights(learn.model), weights(fresh.model)) and learn.epoch == 1, \
+        "the next fit goes as for a new learner with these weights"
 
 
 def test_a_second_error_does_not_hide_the_first_nor_a_cancel_an_error():
@@ -1523,7 +1577,7 @@ def test_a_second_error_does_not_hide_the_first_nor_a_cancel_an_error():
     first, second = ValueError('first'), KeyError('second')
     with pytest.raises(ValueError, match='first') as info:
         two_batch_learner(cb(first, second)).fit(1)
-    assert any("second" in note for note in info.value.__notes__)
+    assert any("second" in note for note in info.value.__notes__), "the second error is not lost: the first has a note"
     with pytest.raises(ValueError, match='first'):
         two_batch_learner(cb(ValueError('first'), ml.CancelFitException())).fit(1)
     with pytest.raises(KeyError):
@@ -1546,14 +1600,18 @@ def test_learner_equals_the_plain_loop_bit_for_bit(opt_func):
 
 def test_one_batch_sets_what_the_documentation_lists():
     learn = line_learner()
-    assert learn.epoch == 0 and learn.n_epoch == 1 and learn.loss.item() == 0 and learn.opt is None
-    assert learn.xb == learn.yb == (None,) and learn.pred is None and learn.logger is not print
+    assert learn.epoch == 0 and learn.n_epoch == 1 and learn.loss.item() == 0 and learn.opt is None, \
+        "epoch 0 of 1, a loss of 0; the optimizer is made when it is needed"
+    assert learn.xb == learn.yb == (None,) and learn.pred is None and learn.logger is not print, \
+        "no batch yet: (None,), so that x and y are None; the logger may be replaced"
     b = learn.dls.one_batch()
     learn.one_batch(5, b)
-    assert learn.iter == 5 and learn.x.equal(b[0]) and learn.y.equal(b[1])
-    assert learn.xb[0] is learn.x and isinstance(learn.xb, tuple)
-    assert learn.pred.equal(learn.model(b[0])) and learn.loss.equal(F.mse_loss(learn.pred, b[1]))
-    assert learn.data is learn.dls
+    assert learn.iter == 5 and learn.x.equal(b[0]) and learn.y.equal(b[1]), \
+        "iter is the number given; x and y are what the batch holds"
+    assert learn.xb[0] is learn.x and isinstance(learn.xb, tuple), "xb is always a tuple; x is its only item, no copy"
+    assert learn.pred.equal(learn.model(b[0])) and learn.loss.equal(F.mse_loss(learn.pred, b[1])), \
+        "the model predicts from xb, the loss compares that with yb"
+    assert learn.data is learn.dls, "data is another name for dls"
     with pytest.raises(AttributeError):
         learn.x = 1
     learn.opt, learn.training = ml.SGD(learn.model.parameters(), lr=0.1), True
@@ -1567,7 +1625,7 @@ def test_gradients_are_there_in_after_step_and_gone_in_after_batch():
         after_step=lambda self: seen.append(self.model.a.grad is not None),
         after_batch=lambda self: seen.append(self.model.a.grad is not None)))
     learn.fit(1)
-    assert seen[:2] == [True, False]
+    assert seen[:2] == [True, False], "gradients go after after_step, but before after_batch"
 
 
 def test_callbacks_change_batch_prediction_and_loss():
@@ -1592,24 +1650,7 @@ def test_compiled_models_train_alike():
         learn = line_learner(model=wrap(Line()))
         learn.fit(2)
         return weights(learn.model)
-    assert same(run(lambda m: m), run(lambda m: torch.compile(m, backend='eager')))
-
-
-@needs_cuda
-def test_training_on_cuda_without_a_single_wait():
-    learn = ml.Learner(line_dls(device='cuda'), Line(), F.mse_loss, metrics=F.l1_loss, lr=0.1)
-    learn.logger = lambda row: None
-    learn.fit(1)
-    class Guard(ml.Callback):
-        order = -99
-        def before_batch(self): torch.cuda.set_sync_debug_mode('error')
-        def after_epoch(self): torch.cuda.set_sync_debug_mode('default')
-        before_validate = after_train = after_epoch
-    try:
-        learn.fit(2, cbs=Guard())
-    finally:
-        torch.cuda.set_sync_debug_mode('default')
-    assert next(learn.model.parameters()).is_cuda and learn.recorder.losses[0].is_cuda
+    assert same(run(lambda m: m), run(lambda m: torch.compile(m, backend='eager'))), "compiled or not: the same weights"
 
 
 class CountReads(torch.utils._python_dispatch.TorchDispatchMode):
@@ -1627,7 +1668,7 @@ class CountReads(torch.utils._python_dispatch.TorchDispatchMode):
 def test_default_loss_is_that_of_the_data_set():
     dls = line_dls()
     dls.train_ds.loss_func = F.l1_loss
-    assert ml.Learner(dls, Line()).loss_func is F.l1_loss
+    assert ml.Learner(dls, Line()).loss_func is F.l1_loss, "no loss function given: the training set may know its own"
 
 
 def test_calling_events_by_hand():
@@ -1635,15 +1676,15 @@ def test_calling_events_by_hand():
     learn = line_learner(cbs=log)
     learn('before_fit')
     learn(['before_epoch', 'after_epoch'])
-    assert log.events == ['after_create', 'before_fit', 'before_epoch', 'after_epoch']
+    assert log.events == ['after_create', 'before_fit', 'before_epoch', 'after_epoch'], "a name, or several in a list"
     with pytest.raises(AttributeError, match='did you mean'):
         learn('before_fitt')
-    assert learn.ordered_cbs('before_train')[0] is learn.train_eval
+    assert learn.ordered_cbs('before_train')[0] is learn.train_eval, "its order is -10, so it comes first"
 
 
 def test_unknown_attributes_are_those_of_the_model():
     learn = line_learner()
-    assert learn.a is learn.model.a
+    assert learn.a is learn.model.a, "what the Learner lacks is looked up in its model"
     with pytest.raises(AttributeError, match="neither the Learner nor its model has 'nothing'"):
         learn.nothing
     assert not hasattr(ml.Learner.__new__(ml.Learner), 'anything'), "no endless recursion"
@@ -1660,7 +1701,7 @@ def test_copies_go_on_like_the_original():
         assert dup.opt is opt, "the copy keeps its optimizer"
         twin = copy.deepcopy(learn)
         twin.fit(1)
-        assert same(weights(dup.model), weights(twin.model))
+        assert same(weights(dup.model), weights(twin.model)), "a copy trains to the same weights as the original"
 
 
 def strip(learn):
@@ -1674,10 +1715,10 @@ def test_own_optimizers_are_kept_and_wrapped():
     learn.model = Line()
     learn.opt = opt = ml.SGD(learn.model.parameters(), lr=0.1)
     learn.fit(1)
-    assert learn.opt is opt
+    assert learn.opt is opt, "an optimizer of your own stays, though the model is new"
     learn.opt = torch.optim.SGD(learn.model.parameters(), lr=0.1)
     learn.fit(1)
-    assert isinstance(learn.opt, ml.OptimWrapper)
+    assert isinstance(learn.opt, ml.OptimWrapper), "a bare torch optimizer is wrapped, for hypers and freezing"
 
 
 def test_frozen_norm_layers_keep_their_statistics_unless_train_bn():
@@ -1699,28 +1740,32 @@ def test_groups_rates_and_decay():
     learn = line_learner(ml.DataLoaders(class_batches(), device='cpu'), model, loss_func=F.cross_entropy,
                          splitter=lambda m: [list(m[:2].parameters()), list(m[2:].parameters())])
     learn.fit(1, lr=slice(1e-3, 1e-2))
-    assert [h['lr'] for h in learn.opt.hypers] == pytest.approx([1e-3, 1e-2])
+    assert [h['lr'] for h in learn.opt.hypers] == pytest.approx([1e-3, 1e-2]), \
+        "the first group gets the start of the slice, the last its end"
     assert [learn.opt.state[p].get('do_wd', True) for p in model.parameters()] == \
         [True, False, False, False, True, False], "biases and norm layers do not decay"
     assert learn.opt.state[model[1].weight]['force_train'], "norm layers train even if frozen"
     learn.freeze()
-    assert [p.requires_grad for p in model.parameters()] == [False, False, True, True, True, True]
+    assert [p.requires_grad for p in model.parameters()] == [False, False, True, True, True, True], \
+        "the first group is frozen, but its norm layer trains on"
     assert 'grad_avg' not in learn.opt.state[model[0].weight], "freezing clears the state"
     learn.unfreeze()
-    assert all(p.requires_grad for p in model.parameters()) and learn.opt.frozen_idx == 0
+    assert all(p.requires_grad for p in model.parameters()) and learn.opt.frozen_idx == 0, \
+        "unfreeze: every parameter trains, from group 0 on"
     with pytest.raises(ValueError, match='splitter'):
         line_learner().freeze()
     other = line_learner(ml.DataLoaders(class_batches(), device='cpu'), small_net(), wd_bn_bias=True,
                          train_bn=False, loss_func=F.cross_entropy)
     other.create_opt()
-    assert all('do_wd' not in s and 'force_train' not in s for _, _, s, _ in other.opt.all_params())
+    assert all('do_wd' not in s and 'force_train' not in s for _, _, s, _ in other.opt.all_params()), \
+        "wd_bn_bias=True decays all, train_bn=False forces none: so no marks"
 
 
 def test_start_epoch_leaves_out_epochs():
     seen = []
     learn = line_learner(cbs=ml.Callback(before_train=lambda self: seen.append((self.epoch, self.pct_train))))
     learn.fit(4, start_epoch=2)
-    assert seen == [(2, 0.5), (3, 0.75)]
+    assert seen == [(2, 0.5), (3, 0.75)], "the epochs left out count as done"
 
 
 def test_loss_not_reduced():
@@ -1728,8 +1773,9 @@ def test_loss_not_reduced():
     for loss_func in (nn.MSELoss(), F.mse_loss):
         learn = line_learner(loss_func=loss_func)
         with learn.loss_not_reduced():
-            assert learn.loss_func(pred, y).tolist() == [1, 4, 9]
-        assert learn.loss_func(pred, y).dim() == 0 and learn.loss_func is loss_func
+            assert learn.loss_func(pred, y).tolist() == [1, 4, 9], "reduction='none': one loss per sample"
+        assert learn.loss_func(pred, y).dim() == 0 and learn.loss_func is loss_func, \
+            "after the context, the same loss function reduces again"
 
 
 def test_before_batch_cb():
@@ -1738,7 +1784,8 @@ def test_before_batch_cb():
     learn = line_learner(cbs=shift)
     b = learn.dls.one_batch()
     learn.one_batch(0, b)
-    assert learn.x.equal(b[0] + 1000) and learn.y.equal(b[1] - 1000) and isinstance(learn.xb, tuple)
+    assert learn.x.equal(b[0] + 1000) and learn.y.equal(b[1] - 1000) and isinstance(learn.xb, tuple), \
+        "what the function returns is the batch; bare tensors go into tuples"
 
 
 LOOP = """\
@@ -1785,7 +1832,7 @@ def test_show_training_loop(capsys):
     learn = line_learner()
     learn.cbs = [ml.TrainEvalCallback]
     learn.show_training_loop()
-    assert capsys.readouterr().out == LOOP
+    assert capsys.readouterr().out == LOOP, "each event with the callbacks that define it"
 
 
 def test_call_runs_any_method_of_that_name():
@@ -1801,7 +1848,8 @@ def test_reading_delegates_to_learner_and_model_writing_does_not():
         own = 1
     learn = line_learner(cbs=Tst)
     learn.mine = 7
-    assert learn.tst.mine == 7 and learn.tst.a is learn.model.a and learn.tst.own == 1
+    assert learn.tst.mine == 7 and learn.tst.a is learn.model.a and learn.tst.own == 1, \
+        "first its own attributes, then the learner's, then the model's"
     with pytest.warns(UserWarning, match=r'shadowing an attribute \(mine\).*self.learn.mine'):
         learn.tst.mine = 8
     assert learn.mine == 7 and learn.tst.mine == 8, "set on the callback, not on the learner"
@@ -1818,17 +1866,19 @@ def test_hasattr_is_not_fooled_by_delegation():
     class Eventful(Line):
         def before_fit(self): raise AssertionError("the model's method is no handler")
     learn = line_learner(model=Eventful(), cbs=ml.Callback())
-    assert not hasattr(learn.callback, 'before_fit') and not learn.callback.defines('before_fit')
+    assert not hasattr(learn.callback, 'before_fit') and not learn.callback.defines('before_fit'), \
+        "events are not looked up in learner or model"
     learn.fit(1)
 
 
 def test_callbacks_copy_and_pickle():
     cb = ml.TrainEvalCallback()
     for dup in (copy.copy(cb), copy.deepcopy(cb), pickle.loads(pickle.dumps(cb))):
-        assert isinstance(dup, ml.TrainEvalCallback) and dup.learn is None
+        assert isinstance(dup, ml.TrainEvalCallback) and dup.learn is None, "a copy needs no learner, nor gets one"
     learn = line_learner()
     dup = copy.deepcopy(learn)
-    assert dup.train_eval.learn is dup and dup.train_eval is not learn.train_eval
+    assert dup.train_eval.learn is dup and dup.train_eval is not learn.train_eval, \
+        "the copied learner has a copied callback, which knows the copy"
     dup.fit(1)
     assert same(weights(learn.model), weights(Line())), "the copy trained, the original did not"
 
@@ -1841,7 +1891,7 @@ def test_a_callback_removed_by_another_is_not_called():
         def before_batch(self): self.learn.remove_cb(B)
     learn = line_learner(cbs=[B, A])
     learn.fit(1)
-    assert [cb.name for cb in learn.cbs][-1] == 'a'
+    assert [cb.name for cb in learn.cbs if type(cb) in (A, B)] == ['a'], "B went before its turn, and stays away"
 
 
 def test_run_flags():
@@ -1852,13 +1902,13 @@ def test_run_flags():
     cb = Count()
     learn = line_learner(cbs=cb)
     learn.fit(1)
-    assert cb.n == [2, 4]
+    assert cb.n == [2, 4], "two batches validate, four train"
     cb.run_train = False
     learn.fit(1)
     assert cb.n == [2, 0], "run_train=False: no batch events in training"
     cb.run_train, cb.run_valid = True, False
     learn.fit(1)
-    assert cb.n == [0, 4]
+    assert cb.n == [0, 4], "run_valid=False: no batch events in validation"
     cb.run, cb.ended = False, False
     learn.fit(1)
     assert not cb.ended and cb.run, "run=False lasts to the end of the fit"
@@ -1870,7 +1920,7 @@ def test_handlers_may_be_set_on_the_instance():
     learn.fit(1)
     cb.before_fit = lambda: seen.append('fit')
     learn.fit(1)
-    assert seen == ['fit'] and learn.ordered_cbs('before_fit')[-1] is not None
+    assert seen == ['fit'] and cb in learn.ordered_cbs('before_fit'), "a handler set later is found as well"
 
 
 def test_train_eval_counts_progress():
@@ -1881,8 +1931,9 @@ def test_train_eval_counts_progress():
     learn.fit(2)
     train = [s[2:] for s in seen if s[0]]
     assert [t[0] for t in train] == pytest.approx([i / 8 for i in range(8)]), "0, 1/8, 2/8, ..."
-    assert [t[1] for t in train] == list(range(8)) and learn.train_iter == 8
-    assert learn.pct_train == pytest.approx(1)
+    assert [t[1] for t in train] == list(range(8)) and learn.train_iter == 8, \
+        "train_iter counts training batches over all epochs, and validation adds none"
+    assert learn.pct_train == pytest.approx(1), "after the last batch, all is done: 1"
     assert all(training == mode for training, mode, *_ in seen), "model.train() and .eval()"
 
 
@@ -1892,7 +1943,8 @@ def test_train_eval_moves_model_and_loss():
         def to(self, device): moved.append(str(device))
     learn = line_learner(loss_func=Loss())
     learn.fit(0)
-    assert moved == ['cpu'] and learn.pct_train == 0. and learn.train_iter == 0
+    assert moved == ['cpu'] and learn.pct_train == 0. and learn.train_iter == 0, \
+        "a loss that is a module moves as well; without an epoch there is no progress"
 
 
 def test_validation_builds_no_graph():
@@ -1913,8 +1965,9 @@ def test_every_fit_begins_at_epoch_0_with_a_loss_of_0():
 
 def test_a_new_learner_has_made_no_progress():
     learn = line_learner()
-    assert (learn.epoch, learn.n_epoch, learn.iter, learn.n_iter) == (0, 1, 0, None)
-    assert (learn.train_iter, learn.pct_train) == (0, 0.) and learn.completed
+    assert (learn.epoch, learn.n_epoch, learn.iter, learn.n_iter) == (0, 1, 0, None), \
+        "epoch 0 of 1; how many batches there are is not known yet"
+    assert (learn.train_iter, learn.pct_train) == (0, 0.) and learn.completed, "nothing has trained, nothing broke off"
 
 
 def test_orders_and_handlers_may_change_in_the_middle_of_a_fit():
@@ -1942,7 +1995,8 @@ def test_a_partial_of_a_torch_optimizer_takes_groups():
     learn = line_learner(opt_func=functools.partial(torch.optim.SGD, momentum=0.9),
                          splitter=lambda m: [[m.a], [m.b]])
     learn.fit(1, lr=[0.1, 0.2])
-    assert [(h['lr'], h['mom']) for h in learn.opt.hypers] == [(0.1, 0.9), (0.2, 0.9)]
+    assert [(h['lr'], h['mom']) for h in learn.opt.hypers] == [(0.1, 0.9), (0.2, 0.9)], \
+        "a rate per group, the partial's momentum for all"
 
 
 class Progress(ml.Callback):
@@ -1971,14 +2025,15 @@ def test_no_bar_takes_the_callback_named_progress_away():
     for context in (learn.no_bar, learn.no_mbar):
         with context():
             assert not hasattr(learn, 'progress'), "no bar, no table"
-        assert hasattr(learn, 'progress')
+        assert hasattr(learn, 'progress'), "after the context, the callback is back"
 
 
 def test_arguments_of_learner_and_callbacks_can_be_looked_up():
     learn = line_learner(cbs=Progress(7), lr=0.3)
     args = learn.init_args
     assert args['Learner.__init__.lr'] == 0.3 and args['Progress.__init__.width'] == 7, "by class, then name"
-    assert learn.gather_args() == args and 'Learner.__init__.self' not in args
+    assert learn.gather_args() == args and 'Learner.__init__.self' not in args, \
+        "init_args is gather_args() as a property; self is no argument"
 
 
 def test_a_negative_rate_is_refused_when_the_learner_is_made():
@@ -1995,7 +2050,7 @@ def test_an_own_class_of_optimizer_is_called_as_it_is():
 
 
 def test_one_process_gathers_what_it_has_itself():
-    assert line_learner().gather(3) == [3]
+    assert line_learner().gather(3) == [3], "what one process has is a list of one"
 
 
 def test_the_graph_is_gone_before_the_next_batch():
@@ -2010,7 +2065,7 @@ def test_the_graph_is_gone_before_the_next_batch():
 def test_the_rate_of_a_partial_wins():
     learn = line_learner(opt_func=functools.partial(ml.SGD, lr=0.3), lr=0.1)
     learn.create_opt()
-    assert learn.opt.hypers[0]['lr'] == learn.lr == 0.3
+    assert learn.opt.hypers[0]['lr'] == learn.lr == 0.3, "the partial's lr is stronger, and the learner takes it over"
 
 
 def test_callbacks_of_one_class_may_share_a_name():
@@ -2031,7 +2086,7 @@ def test_callbacks_know_whether_an_error_passes_through(error, failing):
     def fail(self): raise error
     cb = ml.Callback(after_pred=fail, after_batch=lambda self: seen.append(self.learn.failing))
     learn = line_learner(cbs=cb)
-    assert not learn.failing
+    assert not learn.failing, "a new learner has no error under way"
     with contextlib.suppress(error):
         learn.fit(1)
     assert seen == [failing] and not learn.failing, "a Cancel is none; and all is over after the fit"
@@ -2060,7 +2115,8 @@ def test_flags_are_looked_up_each_time_and_handlers_may_be_deleted():
         if 'after_batch' in vars(self.learn.callback): del self.learn.callback.after_batch
     n_batches = len(learn.dls.train)
     learn.fit(1, cbs=type('Deletes', (ml.Callback,), {'order': -5, 'after_batch': delete}))
-    assert learn.every_second.n == (n_batches + 1) // 2 and learn.every_second.called >= n_batches
+    assert learn.every_second.n == (n_batches + 1) // 2 and learn.every_second.called >= n_batches, \
+        "flags may be properties, read for each batch; an own __call__ is called"
 
 
 def test_only_norm_layers_rest_when_they_are_frozen():
@@ -2079,7 +2135,7 @@ def test_a_callback_that_was_taken_out_meanwhile_stays_out():
     learn = line_learner(cbs=[first, second])
     with learn.removed_cbs(first):
         learn.remove_cb(second)
-    assert first in learn.cbs and second not in learn.cbs
+    assert first in learn.cbs and second not in learn.cbs, "only what the context itself removed comes back"
 
 
 def test_weight_decay_of_a_fit_reaches_the_optimizer():
@@ -2110,8 +2166,9 @@ def test_avg_metric_equals_one_pass_over_everything():
         metric.reset()
         for i in range(0, 101, 25):
             metric.accumulate(fake_learn(t[i:i + 25], (u[i:i + 25],)))
-        assert metric.value.item() == pytest.approx((t - u).abs().mean().item())
-    assert metric.count == 101
+        assert metric.value.item() == pytest.approx((t - u).abs().mean().item()), \
+            "weighted by batch size: the last batch has one row, the others 25"
+    assert metric.count == 101, "samples are counted, not batches, and anew after each reset"
     metric.reset()
     assert metric.value is None, "nothing seen, no value"
 
@@ -2120,29 +2177,31 @@ def test_avg_metric_takes_numbers_and_names_its_function():
     def tst(pred, y, k=1): return 0.5 * k
     metric = ml.AvgMetric(functools.partial(tst, k=2))
     metric.accumulate(fake_learn(None, (torch.ones(3),)))
-    assert metric.value == 1 and metric.name == 'tst'
-    assert ml.AvgMetric(nn.MSELoss()).name == 'mse_loss'
+    assert metric.value == 1 and metric.name == 'tst', "func may return a plain number; a partial has its func's name"
+    assert ml.AvgMetric(nn.MSELoss()).name == 'mse_loss', "an object is named by its class, in snake case"
     metric = ml.AvgMetric(lambda pred, y: __import__('numpy').float64(2))
     metric.accumulate(fake_learn(None, (torch.ones(3),)))
-    assert metric.value == 2
+    assert metric.value == 2, "NumPy's numbers are no tensors, but can be averaged, too"
 
 
 def test_avg_loss_and_smooth_loss():
     t = torch.randn(100)
     mean, smooth, val = ml.AvgLoss(), ml.AvgSmoothLoss(), 0.
-    for i in range(4):
-        loss = t[i * 25:(i + 1) * 25].mean()
+    for i, part in enumerate(t.split([40, 30, 25, 5])):
+        loss = part.mean()
         for m in (mean, smooth):
-            m.accumulate(fake_learn(None, t[i * 25:(i + 1) * 25], loss))
+            m.accumulate(fake_learn(None, part, loss))
         val = val * 0.98 + loss.item() * 0.02
-        assert smooth.value.item() == pytest.approx(val / (1 - 0.98**(i + 1)), rel=1e-4)
-    assert mean.value.item() == pytest.approx(t.mean().item(), abs=1e-6)
+        assert smooth.value.item() == pytest.approx(val / (1 - 0.98**(i + 1)), rel=1e-4), \
+            "debiased: an average that began at 0 is too small at first"
+    assert mean.value.item() == pytest.approx(t.mean().item(), abs=1e-6), \
+        "the plain mean over all samples, nothing smoothed"
     mean.reset()
     mean.accumulate(fake_learn(None, t[:2], torch.tensor([1., 3.])))
     assert mean.value.shape == () and mean.value == 2, "of a loss for each sample, the mean"
-    assert (mean.name, smooth.name) == ('loss', 'smooth_loss')
+    assert (mean.name, smooth.name) == ('loss', 'smooth_loss'), "no func to take a name from: the class has one"
     smooth.reset()
-    assert smooth.value is None and smooth.total == 0.
+    assert smooth.value is None and smooth.total == 0., "reset forgets the past: no batch, no average"
     with pytest.raises(ValueError, match='beta=1.0: .* below 1'):
         ml.AvgSmoothLoss(1.)
 
@@ -2151,7 +2210,7 @@ def test_sums_of_half_precision_do_not_overflow():
     metric = ml.AvgMetric(lambda pred, y: torch.tensor(40., dtype=torch.float16))
     for _ in range(400):
         metric.accumulate(fake_learn(None, (torch.ones(8),)))
-    assert metric.value.item() == 40 and metric.total.dtype == torch.float32
+    assert metric.value.item() == 40 and metric.total.dtype == torch.float32, "float16 ends at 65504: sum in float32"
     exact = ml.AvgMetric(lambda pred, y: torch.tensor(1 + 1e-12, dtype=torch.float64))
     exact.accumulate(fake_learn(None, (torch.ones(8),)))
     assert exact.value.dtype == torch.float64, "double stays double"
@@ -2160,19 +2219,20 @@ def test_sums_of_half_precision_do_not_overflow():
 def test_value_metric():
     def metric_value_fn(): return 5e-3
     metric = ml.ValueMetric(metric_value_fn, 'custom_value_metric')
-    assert metric.value == 5e-3 and metric.name == 'custom_value_metric'
-    assert ml.ValueMetric(metric_value_fn).name == 'metric_value_fn'
+    assert metric.value == 5e-3 and metric.name == 'custom_value_metric', "it is what func returns; a given name wins"
+    assert ml.ValueMetric(metric_value_fn).name == 'metric_value_fn', "without a name, it has that of its function"
     metric.reset()
     metric.accumulate(None)
 
 
 def test_mk_metric_takes_whatever_measures():
     avg = ml.AvgLoss()
-    assert ml.mk_metric(avg) is avg and isinstance(ml.mk_metric(ml.AvgLoss), ml.AvgLoss)
-    assert ml.mk_metric(ml.accuracy).func is ml.accuracy
+    assert ml.mk_metric(avg) is avg and isinstance(ml.mk_metric(ml.AvgLoss), ml.AvgLoss), \
+        "a Metric is taken as it is, a class is called to make one"
+    assert ml.mk_metric(ml.accuracy).func is ml.accuracy, "a plain function is not called here, but averaged later"
     class Own(ml.Metric):
         pass
-    assert ml.mk_metric(Own).name == 'own'
+    assert ml.mk_metric(Own).name == 'own', "a class of one's own is called, too, and named after itself"
     with pytest.raises(TypeError, match='metric 3'):
         ml.mk_metric(3)
 
@@ -2180,8 +2240,9 @@ def test_mk_metric_takes_whatever_measures():
 def test_accuracy_and_error_rate():
     pred = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3], [0.6, 0.4]])
     target = torch.tensor([0, 1, 1, 0])
-    assert ml.accuracy(pred, target).item() == 0.75 and ml.error_rate(pred, target).item() == 0.25
-    assert ml.accuracy(pred.T, target, axis=0).item() == 0.75
+    assert ml.accuracy(pred, target).item() == 0.75 and ml.error_rate(pred, target).item() == 0.25, \
+        "3 of 4 are right; the rest are errors"
+    assert ml.accuracy(pred.T, target, axis=0).item() == 0.75, "axis holds the classes: each column is a sample here"
 
 
 def test_mnist1d_is_as_hard_as_published_for_a_linear_model():
@@ -2199,7 +2260,8 @@ def test_mnist1d_is_as_hard_as_published_for_a_linear_model():
 def test_accuracy_and_error_rate_look_at_the_last_axis():
     pred = F.one_hot(torch.tensor([[0, 1, 2, 2], [1, 1, 0, 0]]), 3).float()     # (B, time, C)
     target = torch.tensor([[0, 1, 2, 2], [1, 1, 0, 2]])
-    assert ml.accuracy(pred, target).item() == 7 / 8 and ml.error_rate(pred, target).item() == 1 / 8
+    assert ml.accuracy(pred, target).item() == 7 / 8 and ml.error_rate(pred, target).item() == 1 / 8, \
+        "classes lie on the last axis; each time step counts like a sample"
 
 
 class Largest:
@@ -2221,7 +2283,7 @@ def test_objects_with_update_compute_and_reset_are_metrics():
     assert metric.value == 5 and metric.name == 'largest', "compute looks at all batches"
     assert not any(has_graph for _, has_graph in metric.metric.values), "the graph must not be kept with them"
     metric.reset()
-    assert metric.metric.values == []
+    assert metric.metric.values == [], "a reset of the metric resets the object inside"
 
 
 def test_sums_hold_no_graph():
@@ -2236,7 +2298,7 @@ def test_objects_move_to_the_device_of_the_prediction():
     metric = ml.mk_metric(Moves)
     metric.reset()
     metric.accumulate(types.SimpleNamespace(pred=torch.ones(2), yb=(torch.zeros(2),)))
-    assert metric.metric.device == torch.device('cpu')
+    assert metric.metric.device == torch.device('cpu'), "an object that has a `to` follows the prediction to its device"
 
 
 # =============================================================================================
@@ -2256,13 +2318,18 @@ def test_recorder_keeps_the_history():
     learn.logger = rows.append
     learn.fit(3)
     rec = learn.recorder
-    assert rec.metric_names == ['epoch', 'train_loss', 'valid_loss', 'l1_loss', 'time']
-    assert len(rec.losses) == len(rec.lrs) == 12 and rec.iters == [4, 8, 12] and rec.lrs[0] == 0.1
-    assert all(v.dim() == 0 for v in rec.losses) and learn.smooth_loss is rec.losses[-1]
-    assert [row[0] for row in rows] == [0, 1, 2] and rows[-1] is rec.log
-    assert rows[-1][1:-1] == rec.values[-1] == learn.final_record
-    assert all(type(v) is float for v in rec.values[-1]) and re.fullmatch(r'\d\d:\d\d', rows[-1][-1])
-    assert rec.values[-1][0] == pytest.approx(rec.losses[-1].item())
+    assert rec.metric_names == ['epoch', 'train_loss', 'valid_loss', 'l1_loss', 'time'], \
+        "a title for every cell: epoch, losses, metrics, then the time"
+    assert len(rec.losses) == len(rec.lrs) == 12 and rec.iters == [4, 8, 12] and rec.lrs[0] == 0.1, \
+        "a loss and a rate for each training batch; iters has the epochs' ends"
+    assert all(v.dim() == 0 for v in rec.losses) and learn.smooth_loss is rec.losses[-1], \
+        "0-d tensors, not read from the device; the learner has the newest"
+    assert [row[0] for row in rows] == [0, 1, 2] and rows[-1] is rec.log, \
+        "the logger gets one row an epoch, its number first"
+    assert rows[-1][1:-1] == rec.values[-1] == learn.final_record, "the row, without epoch and time, is kept"
+    assert all(type(v) is float for v in rec.values[-1]) and re.fullmatch(r'\d\d:\d\d', rows[-1][-1]), \
+        "plain numbers, not tensors; the time, mm:ss, comes last"
+    assert rec.values[-1][0] == pytest.approx(rec.losses[-1].item()), "train_loss: the smoothed loss as the epoch ends"
     x, y = line_data(24, 1)
     with torch.no_grad():
         exact = F.mse_loss(learn.model(x), y).item(), F.l1_loss(learn.model(x), y).item()
@@ -2274,12 +2341,14 @@ def test_recorder_options():
         learn = line_learner(metrics=[F.l1_loss])
         learn.cbs = [ml.TrainEvalCallback, ml.Recorder(**kwargs)]
         learn.fit(1)
-        assert len(learn.recorder.log) == len(learn.recorder.metric_names)
+        assert len(learn.recorder.log) == len(learn.recorder.metric_names), "as many cells as titles, in any case"
         return learn.recorder.metric_names
-    assert names(add_time=False) == ['epoch', 'train_loss', 'valid_loss', 'l1_loss']
+    assert names(add_time=False) == ['epoch', 'train_loss', 'valid_loss', 'l1_loss'], \
+        "add_time=False: the row ends with the metrics"
     assert names(train_metrics=True) == ['epoch', 'train_loss', 'train_l1_loss', 'valid_loss',
-                                         'valid_l1_loss', 'time']
-    assert names(valid_metrics=False) == ['epoch', 'train_loss', 'valid_loss', 'time']
+                                         'valid_l1_loss', 'time'], "metrics of both passes: each name says of which"
+    assert names(valid_metrics=False) == ['epoch', 'train_loss', 'valid_loss', 'time'], \
+        "valid_metrics=False: of validation, only the loss is left"
 
 
 def test_smooth_loss_is_the_debiased_average():
@@ -2290,14 +2359,15 @@ def test_smooth_loss_is_the_debiased_average():
     avg = 0.
     for i, loss in enumerate(seen[:4]):
         avg = 0.5 * avg + 0.5 * loss
-        assert learn.recorder.losses[i].item() == pytest.approx(avg / (1 - 0.5**(i + 1)))
+        assert learn.recorder.losses[i].item() == pytest.approx(avg / (1 - 0.5**(i + 1))), \
+            "debiased with the Recorder's own beta: the first value is the first loss"
 
 
 def test_metrics_assigned_later_are_used():
     learn = line_learner()
     learn.metrics = F.l1_loss
     learn.fit(1)
-    assert learn.recorder.metric_names[3] == 'l1_loss'
+    assert learn.recorder.metric_names[3] == 'l1_loss', "metrics are looked up when a fit begins, not once and for all"
 
 
 def test_recorder_outside_of_a_fit():
@@ -2314,8 +2384,10 @@ def test_history_survives_an_interrupt():
     learn = line_learner()
     with pytest.raises(KeyboardInterrupt):
         learn.fit(5, cbs=ml.Callback(before_batch=stop))
-    assert len(learn.recorder.values) == 2 and len(learn.recorder.losses) == 8
-    assert learn.recorder.iters == [4, 8] and len(learn.recorder.plot_loss().lines) == 2
+    assert len(learn.recorder.values) == 2 and len(learn.recorder.losses) == 8, \
+        "two epochs were complete; the third, without a batch, leaves no row"
+    assert learn.recorder.iters == [4, 8] and len(learn.recorder.plot_loss().lines) == 2, \
+        "an end for every row, or the plot would have an x without a y"
 
 
 def printed(learn, n_epoch=2, out=None):
@@ -2347,7 +2419,8 @@ def test_a_terminal_gets_a_bar_that_moves_in_place(monkeypatch):
     text = printed(line_learner(ml.DataLoaders([line_data(4)] * 40, [line_data(4)], device='cpu')), 1, Terminal())
     bars = [s for s in text.split('\r') if 'batches/s' in s]
     assert len(bars) > 3 and '\n' not in ''.join(bars), "in place: no new lines"
-    assert re.search(r'epoch 1/1 train \|#+ *\| \d+/40, 00:0\d left, \d+ batches/s, loss \d+\.\d{4}', bars[-2])
+    assert re.search(r'epoch 1/1 train \|#+ *\| \d+/40, 00:0\d left, \d+ batches/s, loss \d+\.\d{4}', bars[-2]), \
+        "epoch, phase, bar, batches done, time left, speed, smoothed loss"
     assert len(bars) < 40, "at most ten times a second"
     shown = [line.split('\r')[-1] for line in text.split('\n')]
     assert len(shown) == 3 and shown[2] == '' and shown[1].split()[0] == '0', "at the end, only the table is left"
@@ -2356,13 +2429,14 @@ def test_a_terminal_gets_a_bar_that_moves_in_place(monkeypatch):
 def test_the_bar_fits_the_terminal_and_knows_no_length(monkeypatch):
     learn = line_learner()
     learn.smooth_loss, learn.iter, learn.n_iter = None, 6, None
-    assert learn.progress.bar_text(2.) == 'epoch 1/1 valid, 4 batches/s'
+    assert learn.progress.bar_text(2.) == 'epoch 1/1 valid, 4 batches/s', \
+        "what is unknown is left out: length, loss"
     monkeypatch.setenv('COLUMNS', '12')
     learn.progress.drawn, out = '', Terminal()
     with contextlib.redirect_stdout(out):
         learn.progress.draw('x' * 50)
         learn.progress.draw('')
-    assert out.getvalue() == '\r' + 'x' * 11 + '\r' + ' ' * 11 + '\r'
+    assert out.getvalue() == '\r' + 'x' * 11 + '\r' + ' ' * 11 + '\r', "one column stays free, or it wraps; '' wipes it"
 
 
 def test_own_loggers_get_plain_rows_and_no_table(capsys):
@@ -2370,14 +2444,18 @@ def test_own_loggers_get_plain_rows_and_no_table(capsys):
     learn = line_learner()
     learn.logger = rows.append
     learn.fit(2)
-    assert len(rows) == 2 and capsys.readouterr().out == ''
+    assert len(rows) == 2 and capsys.readouterr().out == '', "one's own logger gets the rows, and nothing is printed"
 
 
 def test_cells_and_times():
-    assert ml.format_time(59.6) == '01:00' and ml.format_time(3725) == '1:02:05'
-    assert ml.format_cell(0.5, 10) == '  0.500000' and ml.format_cell(None, 4) == '    '
-    assert ml.format_cell(1e12, 10) == '  1.00e+12' and ml.format_cell(3, 5) == '    3'
-    assert ml.format_cell(float('nan'), 5) == '  nan' and len(ml.format_cell(-1e300, 10)) == 10
+    assert ml.format_time(59.6) == '01:00' and ml.format_time(3725) == '1:02:05', \
+        "round first, so that 59.6 s carries over; hours only if there are any"
+    assert ml.format_cell(0.5, 10) == '  0.500000' and ml.format_cell(None, 4) == '    ', \
+        "six decimals, to the right; None is an empty cell"
+    assert ml.format_cell(1e12, 10) == '  1.00e+12' and ml.format_cell(3, 5) == '    3', \
+        "a float that is too wide gets an exponent; an int has no decimals"
+    assert ml.format_cell(float('nan'), 5) == '  nan' and len(ml.format_cell(-1e300, 10)) == 10, \
+        "no float breaks the column, neither NaN nor a huge one"
 
 
 def test_plot_loss_draws_into_given_axes():
@@ -2385,31 +2463,39 @@ def test_plot_loss_draws_into_given_axes():
     learn = line_learner()
     learn.fit(3)
     ax = plt.subplots()[1]
-    assert learn.recorder.plot_loss(skip_start=2, show_epochs=True, log=True, ax=ax) is ax
+    assert learn.recorder.plot_loss(skip_start=2, show_epochs=True, log=True, ax=ax) is ax, \
+        "axes that are given are drawn into and returned"
     train, valid = ax.lines[:2]
-    assert list(train.get_xdata()) == list(range(2, 12)) and list(valid.get_xdata()) == [4, 8, 12]
-    assert train.get_ydata()[-1] == pytest.approx(learn.recorder.losses[-1].item())
-    assert valid.get_ydata()[-1] == pytest.approx(learn.recorder.values[-1][1])
-    assert len(ax.lines) == 5 and ax.get_yscale() == 'log' and ax.get_xlabel() == 'batch'
-    assert len(learn.recorder.plot_loss(with_valid=False).lines) == 1
+    assert list(train.get_xdata()) == list(range(2, 12)) and list(valid.get_xdata()) == [4, 8, 12], \
+        "x counts all batches, skipped ones, too; epochs are at their ends"
+    assert train.get_ydata()[-1] == pytest.approx(learn.recorder.losses[-1].item()), \
+        "the training curve goes up to the newest smoothed loss"
+    assert valid.get_ydata()[-1] == pytest.approx(learn.recorder.values[-1][1]), \
+        "the second curve is valid_loss, next to train_loss in a row"
+    assert len(ax.lines) == 5 and ax.get_yscale() == 'log' and ax.get_xlabel() == 'batch', \
+        "two curves and a mark for each of 3 epochs; log is for the losses"
+    assert len(learn.recorder.plot_loss(with_valid=False).lines) == 1, "with_valid=False: the training loss alone"
     plt.close('all')
 
 
 def test_no_graph_outlives_its_batch():
     class Watch(ml.Callback):
         def before_batch(self):
-            assert self.pred is None or not self.pred.requires_grad
-            assert self.loss is None or not self.loss.requires_grad
+            assert self.pred is None or not self.pred.requires_grad, "a prediction is cut off before the next batch"
+            assert self.loss is None or not self.loss.requires_grad, "and so is the loss: it holds the whole graph"
     learn = line_learner(cbs=Watch())
     learn.fit(2)
-    assert all(not loss.requires_grad for loss in learn.recorder.losses)
+    assert all(not loss.requires_grad for loss in learn.recorder.losses), "these losses stay: no graph may hang on them"
 
 
 def test_a_cancelled_step_keeps_the_weights_and_drops_the_gradients():
     def before_step(self): raise ml.CancelStepException
-    learn = line_learner(cbs=ml.Callback(before_step=before_step))
+    left = []
+    def after_batch(self): left.append(self.model.a.grad)
+    learn = line_learner(cbs=ml.Callback(before_step=before_step, after_batch=after_batch))
     learn.fit(1)
-    assert same(weights(learn.model), weights(Line())) and learn.model.a.grad is None
+    assert same(weights(learn.model), weights(Line())), "a cancelled step moves nothing"
+    assert left == [None] * 6, "and leaves no gradients that would add up to the next"
     assert len(learn.recorder.losses) == 4, "the batches themselves ran to their end"
 
 
@@ -2418,14 +2504,17 @@ def test_cancelled_batches_and_passes_are_not_recorded():
         if self.training and self.iter % 2: raise ml.CancelBatchException
     learn = line_learner(cbs=ml.Callback(after_loss=every_other))
     learn.fit(1)
-    assert len(learn.recorder.losses) == 2 and learn.recorder.iters == [2] and learn.train_iter == 4
+    assert len(learn.recorder.losses) == 2 and learn.recorder.iters == [2] and learn.train_iter == 4, \
+        "a cancelled batch leaves no loss, but progress counts it"
     def stop(kind):
         def f(self): raise kind
         return f
     learn.fit(1, cbs=ml.Callback(before_validate=stop(ml.CancelValidException)))
-    assert learn.recorder.values[0][0] is not None and learn.recorder.values[0][1] is None
+    assert learn.recorder.values[0][0] is not None and learn.recorder.values[0][1] is None, \
+        "validation was cancelled: no value; the training pass keeps its own"
     learn.fit(1, cbs=ml.Callback(before_train=stop(ml.CancelTrainException)))
-    assert learn.recorder.values[0][0] is None and learn.recorder.values[0][1] is not None
+    assert learn.recorder.values[0][0] is None and learn.recorder.values[0][1] is not None, \
+        "the other way round: no training loss, but a validation loss"
     learn.fit(2, cbs=ml.Callback(before_epoch=stop(ml.CancelEpochException)))
     assert learn.recorder.values == [], "an epoch that was skipped has no row"
 
@@ -2440,11 +2529,9 @@ def test_any_kind_of_loader_trains_alike(make):
     reference = Line()
     opt = ml.Adam(reference.parameters(), lr=0.1, wd=0.01)
     batches = make(*line_data(16))
-    for p in reference.parameters():
-        opt.state[p] = {}
-    opt.state[reference.b]['do_wd'] = opt.state[reference.a].get('do_wd', True)
     ml.fit_plain(reference, batches, batches, F.mse_loss, opt, 2)
-    assert same(weights(learn.model), weights(reference)) and len(learn.recorder.losses) == 8
+    assert same(weights(learn.model), weights(reference)) and len(learn.recorder.losses) == 8, \
+        "as in the plain loop, to the last bit, whatever gives the batches"
 
 
 def test_several_inputs_and_targets():
@@ -2458,9 +2545,9 @@ def test_several_inputs_and_targets():
     learn = line_learner(ml.DataLoaders([(x, x, y, y)] * 3, [(x, x, y, y)], n_inp=2, device='cpu'),
                          Two(), loss_func=loss, metrics=lambda pred, y1, y2: (pred[1] - y2).abs().mean())
     learn.fit(2)
-    assert len(learn.recorder.values[0]) == 3
+    assert len(learn.recorder.values[0]) == 3, "two losses and the metric, which gets the pred and every target"
     learn.one_batch(0, (x, x, y, y))
-    assert isinstance(learn.x, tuple) and len(learn.y) == 2
+    assert isinstance(learn.x, tuple) and len(learn.y) == 2, "n_inp=2: two inputs, and all that follow are targets"
     assert not learn.pred[0].requires_grad, "no graph outlives its batch, however nested"
 
 
@@ -2470,7 +2557,7 @@ def test_nested_batches_and_batches_without_target():
     x, y = line_data(8)
     learn = line_learner(ml.DataLoaders([({'x': x}, y)], device='cpu'), First())
     learn.fit(1)
-    assert len(learn.recorder.losses) == 1
+    assert len(learn.recorder.losses) == 1, "an input may be a dict: its batch is recorded like any other"
     log = EventLog()
     unlabelled = line_learner(ml.DataLoaders([x], device='cpu'), cbs=log)
     unlabelled.fit(1)
@@ -2483,52 +2570,56 @@ def test_dict_batches_with_an_own_split():
     x, y = line_data(8)
     learn = line_learner(DictLoaders([{'x': x, 'y': y}], device='cpu'))
     learn.fit(1)
-    assert len(learn.recorder.losses) == 1
+    assert len(learn.recorder.losses) == 1, "an own split_batch is all that batches of dicts need"
 
 
 def test_without_validation_loader():
     log = EventLog()
     learn = line_learner(ml.DataLoaders(line_dls().train, device='cpu'), cbs=log, metrics=F.l1_loss)
     learn.fit(1)
-    assert 'before_validate' not in log.events
-    assert learn.recorder.metric_names == ['epoch', 'train_loss', 'time']
-    assert len(learn.recorder.values[0]) == 1
+    assert 'before_validate' not in log.events, "no validation loader: not even the events of that pass"
+    assert learn.recorder.metric_names == ['epoch', 'train_loss', 'time'], "no columns for what is never measured"
+    assert len(learn.recorder.values[0]) == 1, "the row fits its titles: only the training loss"
 
 
 def test_empty_loaders_do_no_harm():
     learn = line_learner(ml.DataLoaders([], [], device='cpu'), metrics=F.l1_loss)
     learn.fit(2)
-    assert learn.recorder.losses == [] and same(weights(learn.model), weights(Line()))
+    assert learn.recorder.losses == [] and same(weights(learn.model), weights(Line())), \
+        "no batches: nothing to record, and no weight moves"
     learn = line_learner(ml.DataLoaders([line_data(4)], [], device='cpu'), metrics=F.l1_loss)
     learn.fit(1)
-    assert learn.recorder.values[0][1:] == [None, None]
+    assert learn.recorder.values[0][1:] == [None, None], "over no samples there is no mean: neither 0 nor an error"
 
 
 def test_callbacks_come_and_go():
     class TstCallback(ml.Callback): pass
     learn = line_learner()
-    assert [cb.name for cb in learn.cbs] == ['train_eval', 'recorder', 'progress']
+    assert [cb.name for cb in learn.cbs] == ['train_eval', 'recorder', 'progress'], \
+        "those of defaults.callbacks come first, named after their classes"
     assert learn.add_cb(TstCallback) is learn and learn.tst.learn is learn, "a class is instantiated"
     first = learn.tst
     learn.add_cbs([TstCallback(), TstCallback()])
     assert len(learn.cbs) == 6, "the same type may come several times"
     learn.remove_cb(first)
-    assert first.learn is None and first not in learn.cbs and learn.tst.learn is learn
+    assert first.learn is None and first not in learn.cbs and learn.tst.learn is learn, \
+        "it forgets its learner; the name goes to one that is left"
     learn.remove_cb(first)      # absent: harmless
     assert learn.remove_cb(TstCallback) is learn and len(learn.cbs) == 3, "all of the class"
     assert getattr(learn, 'tst', None) is None, "the attribute goes, too"
     with learn.added_cbs(TstCallback) as same_learn:
-        assert learn.tst.learn is learn is same_learn
+        assert learn.tst.learn is learn is same_learn, "registered inside the context, which yields the learner"
     with pytest.raises(KeyError), learn.added_cbs([TstCallback(), TstCallback]):
         raise KeyError
-    assert len(learn.cbs) == 3
+    assert len(learn.cbs) == 3, "what the context added goes, also after an error"
     before = list(learn.cbs)
     with learn.removed_cbs(learn.cbs[1]) as same_learn:
-        assert len(learn.cbs) == 2 and same_learn is learn
+        assert len(learn.cbs) == 2 and same_learn is learn, "one is missing inside; it yields the learner, too"
         extra = learn.add_cb(TstCallback).tst
     assert learn.cbs == [*before, extra] and before[1].learn is learn, "back in its old place"
     learn.cbs = [ml.TrainEvalCallback]
-    assert len(learn.cbs) == 1 and not hasattr(learn, 'recorder') and extra.learn is None
+    assert len(learn.cbs) == 1 and not hasattr(learn, 'recorder') and extra.learn is None, \
+        "new cbs replace all: the old ones lose name and learner"
 
 
 def test_names_of_callbacks_must_be_free():
@@ -2543,27 +2634,30 @@ def test_names_of_callbacks_must_be_free():
             learn.add_cbs([ACallback(), taken])
         assert len(learn.cbs) == 3, "all or none"
     learn.add_cb(ACallback)     # the model has an attribute `a`: that does not count
-    assert isinstance(learn.a, ACallback)
+    assert isinstance(learn.a, ACallback), "the learner's own attributes come before those of its model"
 
 
 def test_no_logging_and_no_bar(capsys):
     learn = ml.Learner(line_dls(), Line(), F.mse_loss, metrics=F.l1_loss)
     with learn.no_logging():
         learn.fit(1)
-    assert capsys.readouterr().out == '' and learn.logger is print
+    assert capsys.readouterr().out == '' and learn.logger is print, "nothing is printed inside; then the logger is back"
     for quiet in (learn.no_bar, learn.no_mbar):
         with quiet():
             learn.fit(1)
-        assert re.fullmatch(r"\[0, \d+\.\d+, \d+\.\d+, \d+\.\d+, '\d\d:\d\d'\]\n", capsys.readouterr().out)
-    assert 'progress' in vars(learn)
+        assert re.fullmatch(r"\[0, \d+\.\d+, \d+\.\d+, \d+\.\d+, '\d\d:\d\d'\]\n", capsys.readouterr().out), \
+            "neither bar nor table: the logger, here print, gets the row itself"
+    assert 'progress' in vars(learn), "after the context the progress callback is back"
 
 
 def test_init_args():
     class Tst(ml.Callback):
         def __init__(self, depth): self.depth = depth
     learn = line_learner(lr=1e-2, cbs=Tst(3))
-    assert learn.init_args['Learner.__init__.lr'] == 0.01 and learn.gather_args() == learn.init_args
-    assert learn.init_args['Tst.__init__.depth'] == 3 and learn.init_args['Recorder.__init__.beta'] == 0.98
+    assert learn.init_args['Learner.__init__.lr'] == 0.01 and learn.gather_args() == learn.init_args, \
+        "each argument under Class.__init__.name; both names give the same dict"
+    assert learn.init_args['Tst.__init__.depth'] == 3 and learn.init_args['Recorder.__init__.beta'] == 0.98, \
+        "arguments of callbacks, too, whether given or left at their defaults"
 
 
 def test_the_books_callbacks_work_unchanged():
@@ -2591,7 +2685,7 @@ def test_the_books_callbacks_work_unchanged():
         learn = line_learner(ml.DataLoaders([(x, y)] * 2, [(x, y)], device='cpu'), TinyRNN(),
                              cbs=[ModelResetter, RNNRegularizer(**kwargs), TerminateOnNaNCallback])
         learn.fit(1)
-        assert learn.model.n_reset == 2
+        assert learn.model.n_reset == 2, "once before training and once before validation"
         return learn, [float(v) for v in learn.recorder.losses]
     assert losses(alpha=2., beta=1.)[1][0] > losses()[1][0], "the penalty is in the loss"
     learn = line_learner(ml.DataLoaders([(x[:, 0, :1] * math.nan, y)] * 3, device='cpu'),
@@ -2609,25 +2703,46 @@ def test_objects_with_update_compute_reset_are_metrics():
     learn.fit(1)
     x, y = line_data(24, 1)
     with torch.no_grad():
-        assert learn.recorder.values[0][2] == pytest.approx((learn.model(x) - y).abs().max().item())
-    assert learn.recorder.metric_names[3] == 'max_error'
+        assert learn.recorder.values[0][2] == pytest.approx((learn.model(x) - y).abs().max().item()), \
+            "compute looks at all validation batches, not only the last"
+    assert learn.recorder.metric_names[3] == 'max_error', "an object is named by its class, in snake case"
 
 
 def test_torchmetrics_objects_work():
     torchmetrics = pytest.importorskip('torchmetrics')
-    learn = line_learner(ml.DataLoaders(class_batches(), class_batches(3), device='cpu'), small_net(),
+    ragged = [tuple(t[:n] for t in b) for b, n in zip(class_batches(3), (8, 8, 3))]
+    learn = line_learner(ml.DataLoaders(class_batches(), ragged, device='cpu'), small_net(),
                          loss_func=F.cross_entropy,
                          metrics=[ml.accuracy, torchmetrics.Accuracy(task='multiclass', num_classes=3)])
     learn.fit(2)
     for row in learn.recorder.values:
-        assert row[2] == pytest.approx(row[3])
+        assert row[2] == pytest.approx(row[3]), "as torchmetrics.Accuracy: the whole pass, and anew in the next"
     learn.metrics = torchmetrics.ConfusionMatrix('multiclass', num_classes=3)
     lines = printed(learn).splitlines()
     assert len(lines) == 3 and len({len(line) for line in lines}) == 1, "a matrix is cut to its cell"
 
 
+@needs_cuda
+def test_training_on_cuda_without_a_single_wait():
+    learn = ml.Learner(line_dls(device='cuda'), Line(), F.mse_loss, metrics=F.l1_loss, lr=0.1)
+    learn.logger = lambda row: None
+    learn.fit(1)
+    class Guard(ml.Callback):
+        order = -99
+        def before_batch(self): torch.cuda.set_sync_debug_mode('error')
+        def after_epoch(self): torch.cuda.set_sync_debug_mode('default')
+        before_validate = after_train = after_epoch
+    try:
+        learn.fit(2, cbs=Guard())
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+    assert next(learn.model.parameters()).is_cuda and learn.recorder.losses[0].is_cuda, \
+        "weights and losses stay on the GPU: to fetch one is to wait"
+
+
 def test_times_have_two_digits():
-    assert [ml.format_time(t) for t in (5, 754, 3600 + 754)] == ['00:05', '12:34', '1:12:34']
+    assert [ml.format_time(t) for t in (5, 754, 3600 + 754)] == ['00:05', '12:34', '1:12:34'], \
+        "two digits each, so that times line up; only hours may have one"
 
 
 def test_a_notebook_gets_a_bar_and_a_log_file_does_not(monkeypatch):
@@ -2657,7 +2772,7 @@ def test_the_recorder_runs_at_order_50():
 def test_figures_are_as_wide_as_they_have_axes():
     import matplotlib.pyplot as plt
     sizes = [list(ml.new_axes(*args)[0, 0].figure.get_size_inches()) for args in ((), (2,), (1, (3, 2)))]
-    assert sizes == [[6.4, 4.8], [12.8, 4.8], [3., 2.]]
+    assert sizes == [[6.4, 4.8], [12.8, 4.8], [3., 2.]], "as large as matplotlib's default, each; but figsize wins"
     plt.close('all')
 
 
@@ -2666,8 +2781,10 @@ def test_plots_name_their_axes():
     learn = line_learner()
     learn.fit(1)
     ax = learn.recorder.plot_loss(skip_start=0)
-    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_yscale()) == ('batch', 'loss', 'linear')
-    assert [t.get_text() for t in ax.get_legend().get_texts()] == ['train', 'valid']
+    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_yscale()) == ('batch', 'loss', 'linear'), \
+        "batches to the right, losses upwards, not logarithmic unless asked"
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ['train', 'valid'], \
+        "a legend tells the two curves apart"
     plt.close('all')
 
 
@@ -2682,7 +2799,7 @@ def test_the_smoothed_loss_goes_on_through_the_epochs():
         avg = 0.5 * avg + 0.5 * loss
         assert learn.recorder.losses[i].item() == pytest.approx(avg / (1 - 0.5**(i + 1))), \
             "metrics are reset each epoch, the smoothed loss is not"
-    assert len(seen) == 8
+    assert len(seen) == 8, "4 training batches in each of 2 epochs; validation does not count"
 
 
 def test_without_targets_nothing_is_recorded():
@@ -2720,7 +2837,7 @@ def test_the_bar_is_gone_after_the_fit(capsys):
     cb = line_learner().progress
     cb.draw('half way')
     cb.after_fit()
-    assert capsys.readouterr().out == '\rhalf way\r' + ' ' * 8 + '\r'
+    assert capsys.readouterr().out == '\rhalf way\r' + ' ' * 8 + '\r', "blanks over all of it, then back to the left"
 
 
 def test_the_history_goes_on_from_its_state():
@@ -2730,8 +2847,10 @@ def test_the_history_goes_on_from_its_state():
     other = line_learner()
     other.recorder.before_fit()
     other.recorder.load_state_dict(state)
-    assert other.recorder.values == learn.recorder.values and other.recorder.smooth.count == 8
-    assert float(other.recorder.smooth.value) == float(learn.recorder.smooth.value) == float(other.smooth_loss)
+    assert other.recorder.values == learn.recorder.values and other.recorder.smooth.count == 8, \
+        "the rows come back, and smoothing counts on from 8 batches"
+    assert float(other.recorder.smooth.value) == float(learn.recorder.smooth.value) == float(other.smooth_loss), \
+        "the average goes on where it stood, and the learner knows it"
 
 
 def test_an_epoch_that_an_error_ends_makes_no_row_of_the_rest():
@@ -2756,26 +2875,29 @@ lesson("Schedules", "anneal sched_lin sched_poly sched_no sched_exp sched_cos Sc
 
 def test_cosine():
     f = ml.SchedCos(1., 3.)
-    assert [f(p) for p in (0, 0.5, 1)] == pytest.approx([1, 2, 3])
-    assert f(0.25) == pytest.approx(2 - math.cos(math.pi / 4))
+    assert [f(p) for p in (0, 0.5, 1)] == pytest.approx([1, 2, 3]), "from start to end; half way at half of the time"
+    assert f(0.25) == pytest.approx(2 - math.cos(math.pi / 4)), "a cosine starts slowly: below a straight line"
     assert ml.SchedCos([0, 1], [2, 3])(0.5) == pytest.approx([1, 2]), "one value per group"
 
 
 def test_annealer_makes_schedules():
     @ml.annealer
     def line(start, end, pos): return start + pos * (end - start)
-    assert line(1, 3)(0.25) == 1.5
+    assert line(1, 3)(0.25) == 1.5, "start and end come first, pos in a second call"
 
 
 def test_combined_schedules_see_their_own_positions():
     seen = ml.combine_scheds([0.25, 0.75], [lambda p: ('a', p), lambda p: ('b', p)])
-    assert seen(0) == ('a', 0) and seen(0.125) == ('a', 0.5) and seen(0.25) == ('b', 0)
-    assert seen(1)[0] == 'b' and seen(1)[1] == pytest.approx(1)
+    assert seen(0) == ('a', 0) and seen(0.125) == ('a', 0.5) and seen(0.25) == ('b', 0), \
+        "each part counts from 0 to 1; at a border, the next one begins"
+    assert seen(1)[0] == 'b' and seen(1)[1] == pytest.approx(1), "the last part ends where the whole ends"
     assert seen(1 + 1e-12)[1] == 1, "rounding must not lead beyond the end"
     assert ml.combine_scheds([0., 1.], [None, lambda p: p])(0) == 0, "an empty part is skipped"
-    assert ml.combine_scheds([1., 0.], [lambda p: p, lambda p: -p])(0.5) == 0.5
+    assert ml.combine_scheds([1., 0.], [lambda p: p, lambda p: -p])(0.5) == 0.5, \
+        "an empty part at the end takes nothing from the first"
     f = ml.combine_scheds([0.2, 0.3, 0.5], [lambda p: p, lambda p: 10 + p, lambda p: 20 + p])
-    assert [f(p) for p in (0.1, 0.35, 0.75)] == pytest.approx([0.5, 10.5, 20.5])
+    assert [f(p) for p in (0.1, 0.35, 0.75)] == pytest.approx([0.5, 10.5, 20.5]), \
+        "a part begins after all the shares before it, not only the last one"
     for pcts in ([0.5], [0.5, 0.6], [1.5, -0.5]):
         with pytest.raises(ValueError, match='sum to 1'):
             ml.combine_scheds(pcts, [ml.SchedCos(0, 1)] * 2)
@@ -2790,9 +2912,11 @@ def test_one_cycle_sets_the_documented_values(n_batches):
             return start + (middle - start) * (1 - math.cos(math.pi * pos / 0.25)) / 2
         return middle + (end - middle) * (1 - math.cos(math.pi * (pos - 0.25) / 0.75)) / 2
     places = [i / n_batches for i in range(n_batches)]
-    assert learn.recorder.lrs == pytest.approx([at(p, 0.1 / 25, 0.1, 0.1 / 1e5) for p in places])
-    assert learn.recorder.hps['lr'] == learn.recorder.lrs
-    assert learn.recorder.hps['mom'] == pytest.approx([at(p, 0.95, 0.85, 0.95) for p in places])
+    assert learn.recorder.lrs == pytest.approx([at(p, 0.1 / 25, 0.1, 0.1 / 1e5) for p in places]), \
+        "from lr_max/25 up for a quarter of the fit, then down to lr_max/1e5"
+    assert learn.recorder.hps['lr'] == learn.recorder.lrs, "what the schedule set is what the batches trained with"
+    assert learn.recorder.hps['mom'] == pytest.approx([at(p, 0.95, 0.85, 0.95) for p in places]), \
+        "momentum does the opposite: lowest where the rate is highest"
 
 
 def test_one_cycle_names_a_wrong_rate():
@@ -2805,19 +2929,21 @@ def test_one_cycle_options_and_groups():
     learn = line_learner(splitter=lambda m: [[m.a], [m.b]], opt_func=ml.Adam, cbs=ml.Callback(
         after_loss=lambda self: self.training and seen.append([dict(h) for h in self.opt.hypers])))
     learn.fit_one_cycle(1, slice(0.01, 0.1), div=10, div_final=100, pct_start=0.5, moms=(0.1, 0.2, 0.3), wd=0.5)
-    assert [h['lr'] for h in seen[0]] == pytest.approx([0.001, 0.01])
-    assert [h['lr'] for h in seen[2]] == pytest.approx([0.01, 0.1]) and seen[2][0]['mom'] == 0.2
-    assert seen[0][0]['wd'] == 0.5
+    assert [h['lr'] for h in seen[0]] == pytest.approx([0.001, 0.01]), "each group starts at its peak divided by div"
+    assert [h['lr'] for h in seen[2]] == pytest.approx([0.01, 0.1]) and seen[2][0]['mom'] == 0.2, \
+        "pct_start=0.5: half way, every rate is at its peak, momentum at moms[1]"
+    assert seen[0][0]['wd'] == 0.5, "wd is handed on to the fit"
     learn.fit_one_cycle(2, start_epoch=1, reset_opt=True)
     assert len(learn.recorder.lrs) == 4 and learn.recorder.lrs[0] == pytest.approx(
-        ml.combined_cos(0.25, 0.1 / 25, 0.1, 0.1 / 1e5)(0.5))
+        ml.combined_cos(0.25, 0.1 / 25, 0.1, 0.1 / 1e5)(0.5)), "epoch 1 of 2: the schedule goes on from its middle"
 
 
 @pytest.mark.parametrize('opt_func', [ml.SGD, torch.optim.SGD])
 def test_one_cycle_does_not_switch_momentum_on(opt_func):
     learn = line_learner(opt_func=opt_func)
     learn.fit_one_cycle(1)
-    assert learn.opt.hypers[0]['mom'] == 0 and set(learn.recorder.hps) == {'lr'}
+    assert learn.opt.hypers[0]['mom'] == 0 and set(learn.recorder.hps) == {'lr'}, \
+        "momentum that is off stays off: only the rate is scheduled"
     bare = line_learner(opt_func=functools.partial(ml.Optimizer, cbs=ml.sgd_step))
     bare.fit_one_cycle(1)
     assert 'mom' in bare.opt.hypers[0], "where nobody declared it, it is set and does nothing"
@@ -2840,7 +2966,7 @@ def test_every_schedule_hits_its_value_at_each_step_for_two_groups(name, n_batch
     learn.fit(1, cbs=ml.ParamScheduler({'lr': make([0.01, 0.02], [0.1, 0.3])}))
     expected = [[formula(0.01, 0.1, i / n_batches), formula(0.02, 0.3, i / n_batches)]
                 for i in range(n_batches)]
-    assert seen == [pytest.approx(e) for e in expected]
+    assert seen == [pytest.approx(e) for e in expected], "batch i of n is at pos i / n; each group has its own ends"
 
 
 @pytest.mark.parametrize('n_batches', [1, 2, 3, 100])
@@ -2852,8 +2978,9 @@ def test_one_cycle_for_two_groups_at_each_step(n_batches):
     learn.fit_one_cycle(1, slice(0.01, 0.1))
     for i, rates in enumerate(seen):
         for lr, peak in zip(rates, (0.01, 0.1)):
-            assert lr == pytest.approx(ml.combined_cos(0.25, peak / 25, peak, peak / 1e5)(i / n_batches))
-    assert len(seen) == n_batches
+            assert lr == pytest.approx(ml.combined_cos(0.25, peak / 25, peak, peak / 1e5)(i / n_batches)), \
+                "every group runs through the cycle, up to its own peak"
+    assert len(seen) == n_batches, "all batches are compared, each of them once"
 
 
 def test_a_schedule_sets_any_hyper():
@@ -2868,15 +2995,16 @@ def test_a_schedule_sets_any_hyper():
     with pytest.raises(ValueError, match='no hyper was scheduled'):
         learn.recorder.plot_sched()
     learn.fit(1, cbs=ml.ParamScheduler({'wd': ml.SchedCos(0., 1.)}))
-    assert learn.recorder.hps == {'wd': pytest.approx([0, *[(1 - math.cos(math.pi * i / 4)) / 2 for i in (1, 2, 3)]])}
+    assert learn.recorder.hps == {'wd': pytest.approx([0, *[(1 - math.cos(math.pi * i / 4)) / 2 for i in (1, 2, 3)]])},\
+        "only the schedule of this fit; its first batch is at pos 0"
 
 
 @pytest.mark.parametrize('make, middle', [(ml.SchedLin, 2.), (ml.SchedNo, 1.), (ml.SchedExp, 3**0.5),
                                           (functools.partial(ml.SchedPoly, power=2), 1.5)])
 def test_annealers(make, middle):
     f = make(1., 3.)
-    assert f(0) == pytest.approx(1) and f(0.5) == pytest.approx(middle)
-    assert f(1) == pytest.approx(1 if make is ml.SchedNo else 3)
+    assert f(0) == pytest.approx(1) and f(0.5) == pytest.approx(middle), "pos 0 is the start; then each has its curve"
+    assert f(1) == pytest.approx(1 if make is ml.SchedNo else 3), "pos 1 is the end, but SchedNo never leaves the start"
 
 
 def two_groups(**kwargs):
@@ -2893,8 +3021,9 @@ def test_fine_tune_trains_the_head_then_all():
             seen.append((self.model[0].weight.requires_grad, [h['lr'] for h in self.opt.hypers]))
     learn = two_groups(cbs=ml.Callback(after_loss=note))
     learn.fine_tune(2, base_lr=1e-2, lr_mult=10)
-    assert [s[0] for s in seen] == [False] * 4 + [True] * 8
-    assert max(s[1][1] for s in seen[:4]) <= 1e-2 and seen[0][1][1] == pytest.approx(1e-2 / 25)
+    assert [s[0] for s in seen] == [False] * 4 + [True] * 8, "one epoch with a frozen body, then two that train it"
+    assert max(s[1][1] for s in seen[:4]) <= 1e-2 and seen[0][1][1] == pytest.approx(1e-2 / 25), \
+        "the first part peaks at base_lr; div=5 is not for its start"
     assert seen[4][1] == pytest.approx([5e-4 / 5, 5e-3 / 5]), "div=5 at the start of the second part"
 
 
@@ -2908,7 +3037,7 @@ def test_lr_find_leaves_everything_as_it_was(tmp_path):
         learn = line_learner(dls, net, loss_func=F.cross_entropy)
         learn.fit(1)
         if find:
-            assert learn.lr_find(num_it=20, show_plot=False).minimum > 0
+            assert learn.lr_find(num_it=20, show_plot=False).minimum > 0, "each suggestion has its function's name"
         learn.fit(2)
         return weights(learn.model), torch.rand(1), random.random(), str(learn.opt.state_dict())
     (w1, *rest1), (w2, *rest2) = run(False), run(True)
@@ -2925,8 +3054,9 @@ def test_an_interrupted_lr_find_changes_nothing_either(opt_func):
     learn.add_cb(ml.Callback(before_batch=stop))
     with pytest.raises(KeyboardInterrupt):
         learn.lr_find(show_plot=False)
-    assert same(weights(learn.model), weights(Line())) and learn.opt is opt
-    assert 'lr_finder' not in vars(learn) and opt.hypers[0]['lr'] == 0.1
+    assert same(weights(learn.model), weights(Line())) and learn.opt is opt, \
+        "whatever ends it: the weights come back, and the very same optimizer"
+    assert 'lr_finder' not in vars(learn) and opt.hypers[0]['lr'] == 0.1, "no finder stays; the rate is as before"
     learn.remove_cb(ml.Callback)
     learn.cbs = [ml.TrainEvalCallback, ml.Recorder]
     learn.fit(1)
@@ -2942,21 +3072,23 @@ def test_lr_find_keeps_the_generator_of_a_torch_loader():
             assert learn.opt is None, "there was no optimizer before"
         learn.fit(1)
         return weights(learn.model)
-    assert same(run(False), run(True))
+    assert same(run(False), run(True)), "the loader's own generator goes back, too: the fit shuffles as ever"
 
 
 def test_lr_find_walks_through_the_rates_and_stops():
     learn = line_learner(ml.DataLoaders([line_data(8)] * 7, [line_data(8)], device='cpu'), opt_func=ml.SGD)
     log = EventLog()
     learn.add_cb(log)
-    assert learn.lr_find(1e-4, 1e-2, num_it=20, show_plot=False, suggest_funcs=None) is None
-    assert learn.recorder.lrs == pytest.approx([1e-4 * 100**(i / 20) for i in range(20)])
+    assert learn.lr_find(1e-4, 1e-2, num_it=20, show_plot=False, suggest_funcs=None) is None, \
+        "nobody was asked, so nothing is suggested"
+    assert learn.recorder.lrs == pytest.approx([1e-4 * 100**(i / 20) for i in range(20)]), \
+        "equal factors from batch to batch, on through all epochs"
     assert log.events.count('after_pred') == 20, "no validation"
     learn.lr_find(1e-3, 1e3, num_it=100, show_plot=False)
     assert len(learn.recorder.losses) < 80, "a diverging loss ends it"
-    assert learn.recorder.losses[-1] > 4 * min(learn.recorder.losses)
+    assert learn.recorder.losses[-1] > 4 * min(learn.recorder.losses), "it goes on up to 4 times the lowest loss"
     learn.lr_find(1e-3, 1e3, num_it=50, stop_div=False, show_plot=False, suggest_funcs=ml.valley)
-    assert len(learn.recorder.losses) == 50
+    assert len(learn.recorder.losses) == 50, "stop_div=False: to the last rate, however large the loss"
     with pytest.raises(ValueError, match='fewer than two times'):
         line_learner(ml.DataLoaders([(line_data(4)[0] * math.nan, line_data(4)[1])] * 9, device='cpu')
                      ).lr_find(num_it=9, show_plot=False)
@@ -2997,20 +3129,23 @@ def test_fine_tune_resets_once():
     learn = two_groups()
     before = weights(learn.model)
     learn.fine_tune(1, reset_opt=True)
-    assert not any(torch.equal(a, b) for a, b in zip(before, weights(learn.model)))
+    assert not any(torch.equal(a, b) for a, b in zip(before, weights(learn.model))), \
+        "the second part trains the body, too: no weight stays as it was"
 
 
 def test_suggestions():
     lrs = torch.tensor([1e-4, 1e-3, 1e-2, 1e-1, 1.])
     losses = torch.tensor([4., 3.9, 2., 1.5, 3.])
-    assert ml.minimum(lrs, losses, 5).item() == pytest.approx(1e-2)
-    assert ml.steep(lrs, losses, 5).item() == pytest.approx(1e-3)
+    assert ml.minimum(lrs, losses, 5).item() == pytest.approx(1e-2), "well below the rate with the lowest loss: a tenth"
+    assert ml.steep(lrs, losses, 5).item() == pytest.approx(1e-3), "where the steepest fall begins, not where it ends"
     assert ml.valley(lrs, losses, 5).item() == pytest.approx(1e-3), "the middle of the fall from 0 to 3"
     learn = line_learner()
     pair = learn.lr_find(num_it=40, show_plot=False)
-    assert pair._fields == ('minimum', 'steep') and all(type(v) is float for v in pair)
+    assert pair._fields == ('minimum', 'steep') and all(type(v) is float for v in pair), \
+        "plain floats, named after the functions and in their order"
     lr_min, lr_steep = pair
-    assert learn.lr_find(num_it=40, show_plot=False, suggest_funcs=(ml.valley,))._fields == ('valley',)
+    assert learn.lr_find(num_it=40, show_plot=False, suggest_funcs=(ml.valley,))._fields == ('valley',), \
+        "only the functions that are given are asked"
 
 
 def test_plots_of_schedules():
@@ -3018,17 +3153,21 @@ def test_plots_of_schedules():
     learn = line_learner()
     learn.fit_one_cycle(1)
     axs = learn.recorder.plot_sched()
-    assert [ax.get_ylabel() for ax in axs.flat] == ['lr', 'mom'] and axs[0, 1].get_xlabel() == 'batch'
-    assert list(axs[0, 0].lines[0].get_ydata()) == learn.recorder.hps['lr']
-    assert learn.recorder.plot_sched('mom').size == 1
+    assert [ax.get_ylabel() for ax in axs.flat] == ['lr', 'mom'] and axs[0, 1].get_xlabel() == 'batch', \
+        "side by side, a plot for each hyper, by batch"
+    assert list(axs[0, 0].lines[0].get_ydata()) == learn.recorder.hps['lr'], "the curve is what was set, by batch"
+    assert learn.recorder.plot_sched('mom').size == 1, "a single name will do, and gets a single plot"
     given = plt.subplots(1, 2)[1]
-    assert learn.recorder.plot_sched(ax=given) is given and len(given[1].lines) == 1
+    assert learn.recorder.plot_sched(ax=given) is given and len(given[1].lines) == 1, \
+        "axes that are given are drawn into and returned"
     found = learn.lr_find(num_it=40)
     ax = plt.gcf().axes[0]
     assert ax.get_xscale() == 'log' and [t.get_text() for t in ax.get_legend().get_texts()] == [
-        f'{name}: {lr:.1e}' for name, lr in found._asdict().items()]
+        f'{name}: {lr:.1e}' for name, lr in found._asdict().items()], \
+        "rates by powers of ten; a legend of what is marked"
     mine = plt.subplots()[1]
-    assert learn.recorder.plot_lr_find(ax=mine) is mine and len(mine.lines) == 1
+    assert learn.recorder.plot_lr_find(ax=mine) is mine and len(mine.lines) == 1, \
+        "the curve alone, as nothing was suggested, in the given axes"
     plt.close('all')
 
 
@@ -3036,7 +3175,8 @@ def test_a_loader_without_length_trains_and_a_schedule_says_what_it_needs():
     dls = ml.DataLoaders(DataLoader(Stream(), 4), device='cpu')
     learn = line_learner(dls)
     learn.fit(2)
-    assert len(learn.recorder.losses) == 6 and learn.pct_train == 0.5 and learn.n_iter is None
+    assert len(learn.recorder.losses) == 6 and learn.pct_train == 0.5 and learn.n_iter is None, \
+        "no length: it trains, but progress moves by epochs only"
     with pytest.raises(ValueError, match='__len__'):
         learn.fit_one_cycle(1)
     learn.fit(1)
@@ -3056,11 +3196,13 @@ def test_no_value_is_read_from_the_device_per_batch(fit):
 def test_it_works_with_train_eval_alone(monkeypatch):
     monkeypatch.setattr(ml.defaults, 'callbacks', [ml.TrainEvalCallback])
     learn = ml.Learner(line_dls(), Line(), F.mse_loss, lr=0.1, metrics=F.l1_loss)
-    assert len(learn.cbs) == 1
+    assert len(learn.cbs) == 1, "defaults.callbacks is looked up when a Learner is made"
     learn.fit(1)
+    once = learn.model.a.item()
     learn.fit_one_cycle(1)
-    assert learn.model.a.item() != 0.5
-    assert ml.Learner(line_dls(), Line(), F.mse_loss, default_cbs=False).cbs == []
+    assert 0.5 != once != learn.model.a.item(), "training needs no Recorder, with a schedule or without"
+    assert ml.Learner(line_dls(), Line(), F.mse_loss, default_cbs=False).cbs == [], \
+        "default_cbs=False leaves out all of them, TrainEvalCallback, too"
 
 
 def test_the_optimizer_is_made_when_needed_and_kept():
@@ -3069,11 +3211,11 @@ def test_the_optimizer_is_made_when_needed_and_kept():
     assert learn.lr == 0.25 and learn.opt.hypers[0]['lr'] == 0.25, "a partial brings its rate"
     opt = learn.opt
     learn.fit(1)
-    assert learn.opt is opt and opt.hypers[0]['lr'] == 0.25
+    assert learn.opt is opt and opt.hypers[0]['lr'] == 0.25, "the optimizer is kept, and runs at the Learner's rate"
     learn.fit(1, lr=0.01, wd=0.5)
-    assert opt.hypers[0]['lr'] == 0.01 and opt.hypers[0]['wd'] == 0.5
+    assert opt.hypers[0]['lr'] == 0.01 and opt.hypers[0]['wd'] == 0.5, "lr and wd of a fit reach the same optimizer"
     learn.fit(1, reset_opt=True)
-    assert learn.opt is not opt
+    assert learn.opt is not opt, "reset_opt=True begins with a new one"
     learn.model = Line()
     learn.fit(1)
     assert learn.model.a.item() != 0.5, "a new model gets a new optimizer"
@@ -3094,7 +3236,8 @@ def test_the_optimizer_is_made_when_needed_and_kept():
 def test_torch_optimizers_are_welcome(opt_func):
     learn = line_learner(opt_func=opt_func)
     learn.fit_one_cycle(1, 0.1)
-    assert isinstance(learn.opt, ml.OptimWrapper) and learn.model.a.item() != 0.5
+    assert isinstance(learn.opt, ml.OptimWrapper) and learn.model.a.item() != 0.5, \
+        "torch's optimizers get wrapped: the schedule speaks our names"
 
 
 def test_a_schedule_records_the_value_of_the_last_group():
@@ -3141,11 +3284,12 @@ def test_lr_find_plots_few_losses():
     learn = line_learner()
     learn.lr_find(num_it=3, stop_div=False, show_plot=False)
     assert len(learn.recorder.plot_lr_find().lines[0].get_xdata()) == 1, "at least one point is left"
-    assert len(learn.recorder.plot_lr_find(skip_end=1).lines[0].get_xdata()) == 2
+    assert len(learn.recorder.plot_lr_find(skip_end=1).lines[0].get_xdata()) == 2, \
+        "skip_end=1: only the last one is left out"
     learn.lr_find(num_it=9, stop_div=False, show_plot=False)
     ax = learn.recorder.plot_lr_find()
     assert len(ax.lines[0].get_xdata()) == 4, "all but the last five"
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ('learning rate', 'loss')
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ('learning rate', 'loss'), "to the right are rates, not batches"
     plt.close('all')
 
 
@@ -3156,7 +3300,8 @@ def test_suggestions_leave_out_a_tenth_and_the_last_five(num_it, n, used):
     def last(lrs, losses, num_it): return lrs[-1]
     lrs = [float(i) for i in range(n)]
     recorder = types.SimpleNamespace(lrs=lrs, losses=[torch.tensor(1.)] * n)
-    assert ml.suggest_lrs(recorder, num_it, [first, last]) == (lrs[used][0], lrs[used][-1])
+    assert ml.suggest_lrs(recorder, num_it, [first, last]) == (lrs[used][0], lrs[used][-1]), \
+        "a tenth of num_it and the last five go, unless hardly any would be left"
 
 
 def test_one_number_is_too_few_for_a_suggestion():
@@ -3184,7 +3329,8 @@ def test_generators_are_found_wherever_torch_keeps_them():
                DataLoader(ds, batch_sampler=data.BatchSampler(sampler, 4, False))):
         found = ml.generators_of(dl)
         assert found and all(o is g for o in found), "of the loader, its sampler, or its batch sampler"
-    assert ml.generators_of([1]) == [] == ml.generators_of(DataLoader(ds, 4, shuffle=True))
+    assert ml.generators_of([1]) == [] == ml.generators_of(DataLoader(ds, 4, shuffle=True)), \
+        "nothing is found where only the global generator could shuffle"
 
 
 def test_lr_find_ends_when_the_loss_is_four_times_its_lowest():
@@ -3195,7 +3341,7 @@ def test_lr_find_ends_when_the_loss_is_four_times_its_lowest():
         learn.cbs = [ml.TrainEvalCallback, ml.Recorder(beta=0.), ml.Callback(after_loss=after_loss)]
         learn.lr_find(num_it=4, show_plot=False)
         return len(learn.recorder.losses)
-    assert run(1., 3.9, 3.9, 3.9) == 4 and run(1., 4.1, 1., 1.) == 2
+    assert run(1., 3.9, 3.9, 3.9) == 4 and run(1., 4.1, 1., 1.) == 2, "up to 4 times the lowest it goes on, above not"
     assert run(3., 1., 4.1, 1.) == 3, "four times the lowest, not the first"
 
 
@@ -3233,7 +3379,8 @@ def test_lr_find_puts_back_buffers_that_appeared_or_grew():
     learn = line_learner(model=Grows())
     before = weights(learn.model)
     learn.lr_find(num_it=5, show_plot=False)
-    assert learn.model.seen is None and same(weights(learn.model), before)
+    assert learn.model.seen is None and same(weights(learn.model), before), \
+        "a buffer that was None is None again; one that grew has its old size"
 
 
 def test_lr_find_on_lazy_layers_says_what_to_do():
@@ -3262,16 +3409,17 @@ def test_lr_find_puts_back_the_generator_of_a_batch_sampler():
             learn.lr_find(num_it=9, show_plot=False)
         learn.fit(2)
         return weights(learn.model)
-    assert same(fitted(True), fitted(False))
+    assert same(fitted(True), fitted(False)), "a batch sampler has a generator, too: the same batches afterwards"
 
 
 def test_lr_find_tries_on_a_copy_of_the_scaler():
     scaler = torch.amp.GradScaler('cpu')
     cb = types.SimpleNamespace(scaler=scaler)
     restore = ml.keep_scaler(cb)
-    assert cb.scaler is not scaler and cb.scaler.get_scale() == scaler.get_scale()
+    assert cb.scaler is not scaler and cb.scaler.get_scale() == scaler.get_scale(), \
+        "the search may spoil a copy; it begins at the same scale"
     restore()
-    assert cb.scaler is scaler
+    assert cb.scaler is scaler, "the original itself comes back, with all that it has learned"
 
 
 def test_a_scheduled_hyper_is_known_from_the_start_of_the_fit():
@@ -3292,7 +3440,8 @@ def test_the_finder_ends_a_fit_of_as_many_epochs_as_batches():
 
 def test_lr_find_looks_where_the_documentation_says():
     defaults = {k: v.default for k, v in inspect.signature(ml.lr_find).parameters.items()}
-    assert (defaults['start_lr'], defaults['end_lr'], defaults['num_it']) == (1e-7, 10, 100)
+    assert (defaults['start_lr'], defaults['end_lr'], defaults['num_it']) == (1e-7, 10, 100), \
+        "as documented: from 1e-7 to 10 in 100 batches"
 
 
 def test_bad_input_is_refused_before_anything_changes():
@@ -3319,7 +3468,7 @@ def test_bad_input_is_refused_before_anything_changes():
         learn.fit_one_cycle(1, -1)
     with pytest.raises(ValueError, match='1 group'):
         learn.fit(1, lr=[0.1, 0.2])
-    assert same(weights(learn.model), weights(Line()))
+    assert same(weights(learn.model), weights(Line())), "all was refused before the first step"
     with pytest.raises(TypeError, match='override DataLoaders.split_batch'):
         line_learner(ml.DataLoaders([{'x': 1}], device='cpu')).fit(1)
 
@@ -3337,10 +3486,13 @@ def test_validate_equals_one_pass_and_prints_nothing(capsys):
     learn = ml.Learner(line_dls(), Line(), F.mse_loss, metrics=F.l1_loss)
     loss, l1 = learn.validate()
     x, y = learn.dls.valid_ds.tensors
-    assert loss == pytest.approx(F.mse_loss(learn.model(x), y).item())
-    assert l1 == pytest.approx(F.l1_loss(learn.model(x), y).item()) and type(l1) is float
-    assert learn.validate(0)[0] != loss and learn.validate(dl=learn.dls.train)[0] == learn.validate(0)[0]
-    assert capsys.readouterr().out == ''
+    assert loss == pytest.approx(F.mse_loss(learn.model(x), y).item()), \
+        "the mean over all rows: of the batches of 16 and 8, the second counts half"
+    assert l1 == pytest.approx(F.l1_loss(learn.model(x), y).item()) and type(l1) is float, \
+        "metrics are means over rows, too, and come as plain numbers"
+    assert learn.validate(0)[0] != loss and learn.validate(dl=learn.dls.train)[0] == learn.validate(0)[0], \
+        "ds_idx=0 is the training loader; dl= takes any loader"
+    assert capsys.readouterr().out == '', "outside of a fit there is no table to print"
 
 
 @pytest.mark.parametrize('make', [
@@ -3351,10 +3503,12 @@ def test_get_preds_gives_all_rows_in_the_order_of_the_data(make):
     learn = line_learner(ml.DataLoaders(make(x, y), device='cpu'))
     inputs, preds, targets, decoded, losses = learn.get_preds(0, with_input=True, with_decoded=True,
                                                               with_loss=True)
-    assert inputs.equal(x) and targets.equal(y) and decoded.equal(preds)
+    assert inputs.equal(x) and targets.equal(y) and decoded.equal(preds), "all rows, in order, and MSE decodes nothing"
     with torch.no_grad():
-        assert torch.allclose(preds, learn.model(x)) and not preds.requires_grad
-    assert losses.shape == (20,) and torch.allclose(losses, ((preds - y)**2)[:, 0])
+        assert torch.allclose(preds, learn.model(x)) and not preds.requires_grad, \
+            "each prediction at the place of its row, and without a graph"
+    assert losses.shape == (20,) and torch.allclose(losses, ((preds - y)**2)[:, 0]), \
+        "with_loss: one loss for each row, not one for each batch"
     assert learn.loss_func is F.mse_loss, "the loss is reduced again"
 
 
@@ -3364,29 +3518,32 @@ def test_get_preds_keeps_to_the_rows_of_a_sampler():
     subset = DataLoader(ds, 2, sampler=torch.utils.data.SubsetRandomSampler([7, 3, 5]))
     assert learn.get_preds(dl=subset)[1].equal(y[[7, 3, 5]]), "the training rows of ds are not its"
     own = DataLoader(ds, batch_sampler=[[3, 1], [2]])
-    assert learn.get_preds(dl=own)[1].equal(y[[3, 1, 2]])
+    assert learn.get_preds(dl=own)[1].equal(y[[3, 1, 2]]), "an own batch_sampler decides the rows and their order"
     stream = learn.get_preds(dl=DataLoader(Stream(), 4))[1]
-    assert len(stream) == 10
+    assert len(stream) == 10, "a stream has no indices: it is read as it comes, to its end"
 
 
 def test_get_preds_options(tmp_path):
     learn = line_learner()
     x, y = learn.dls.valid_ds.tensors
     preds, targets = learn.get_preds(act=torch.sigmoid)
-    assert torch.allclose(preds, torch.sigmoid(learn.model(x)))
+    assert torch.allclose(preds, torch.sigmoid(learn.model(x))), "act= takes the place of what suits the loss"
     none, _ = learn.get_preds(save_preds=tmp_path / 'p', save_targs=tmp_path / 't')
-    assert none is None and len(list((tmp_path / 'p').iterdir())) == 2
+    assert none is None and len(list((tmp_path / 'p').iterdir())) == 2, "saved to files: not kept in memory as well"
     parts = [torch.load(f) for f in sorted((tmp_path / 't').iterdir())]
-    assert torch.cat(parts).equal(y)
+    assert torch.cat(parts).equal(y), "targets have a folder of their own; by name, its files are in order"
     seen = []
     learn.get_preds(cbs=ml.Callback(after_batch=lambda self: seen.append(self.iter)))
-    assert seen == [0, 1] and [cb.name for cb in learn.cbs] == ['train_eval', 'recorder', 'progress']
+    assert seen == [0, 1] and [cb.name for cb in learn.cbs] == ['train_eval', 'recorder', 'progress'], \
+        "cbs= see each batch, and are gone after the call"
     assert learn.get_preds(dl=[x[:3]])[1] is None, "without targets there are none"
     torch.manual_seed(1)
     shuffled = ml.TensorLoader(x, y, bs=5, shuffle=True)
-    assert not learn.get_preds(dl=shuffled, reorder=False)[1].equal(y)
+    as_drawn = learn.get_preds(dl=shuffled, reorder=False)[1]
+    assert not as_drawn.equal(y), "reorder=False: in the order of the loader"
+    assert as_drawn.sort(0).values.equal(y.sort(0).values), "and all rows of it"
     transposed = line_learner(model=nn.Identity()).get_preds(dl=[(x.T, y.T)] * 2, concat_dim=1)[0]
-    assert transposed.shape == (1, 48)
+    assert transposed.shape == (1, 48), "batches are joined along concat_dim"
 
 
 def test_predictions_in_a_training_disturb_nothing():
@@ -3408,7 +3565,7 @@ def test_predictions_in_a_training_disturb_nothing():
         self.learn.get_preds(with_loss=True)
         self.learn.validate()
         assert before == (self.training, self.model.training, self.iter, self.n_iter,
-                          self.xb[0].data_ptr())
+                          self.xb[0].data_ptr()), "the training goes on with its own batch, numbers and modes"
     for event in ('after_loss', 'after_step', 'after_batch'):
         plain, looked = run(None), run(ml.Callback(**{event: look}))
         assert same(plain[0], looked[0]) and plain[1:] == looked[1:], event
@@ -3421,8 +3578,8 @@ def test_a_broken_off_prediction_leaves_the_learner_as_it_was(error):
     def stop(self): raise error
     with contextlib.suppress(KeyboardInterrupt, ValueError):
         learn.validate(cbs=ml.Callback(after_pred=stop))
-    assert learn.model.training and len(learn.cbs) == 3 and learn.xb == (None,)
-    assert torch.is_grad_enabled() and learn.recorder.learn is learn
+    assert learn.model.training and len(learn.cbs) == 3 and learn.xb == (None,), "modes, callbacks, batch: in `finally`"
+    assert torch.is_grad_enabled() and learn.recorder.learn is learn, "gradients are on again, and who rested is back"
     learn.fit(1)
 
 
@@ -3434,13 +3591,15 @@ def test_a_broken_off_prediction_leaves_the_learner_as_it_was(error):
 def test_activation_and_decision_come_from_the_loss(loss_func, act, decodes):
     pred = torch.randn(4, 3)
     own_act, own_decodes = ml.act_and_decodes(loss_func)
-    assert own_act(pred).equal(act(pred)) and own_decodes(own_act(pred)).equal(decodes(pred))
+    assert own_act(pred).equal(act(pred)) and own_decodes(own_act(pred)).equal(decodes(pred)), \
+        "the loss decides: softmax and argmax, sigmoid and 0.5, or nothing"
 
 
 def test_activation_sees_through_partials_and_tuples():
     act, decodes = ml.act_and_decodes(functools.partial(F.cross_entropy, label_smoothing=0.1))
     p = torch.randn(4, 3)
-    assert act(p).equal(p.softmax(1)) and decodes((p, p))[1].equal(p.argmax(1))
+    assert act(p).equal(p.softmax(1)) and decodes((p, p))[1].equal(p.argmax(1)), \
+        "the function inside of a partial counts; a tuple goes item by item"
 
 
 def test_predictions_of_many_shapes():
@@ -3450,12 +3609,15 @@ def test_predictions_of_many_shapes():
     learn = line_learner(ml.DataLoaders([(x, x, y)] * 2, [(x, x, y)], n_inp=2, device='cpu'), Two(),
                          loss_func=lambda pred, y, reduction='mean': F.mse_loss(pred.x, y, reduction=reduction))
     preds, targets, losses = learn.get_preds(0, with_loss=True)
-    assert type(preds) is Pair and preds.x.shape == (16, 1) and losses.shape == (16,)
-    assert learn.predict((x[0], x[0]))[2].x.equal(2 * x[0])
+    assert type(preds) is Pair and preds.x.shape == (16, 1) and losses.shape == (16,), \
+        "named tuples stay, joined item by item; a loss for each row"
+    assert learn.predict((x[0], x[0]))[2].x.equal(2 * x[0]), "a tuple is one item: each input gets a batch dimension"
     learn.dls.n_inp = None
     assert learn.predict((x[0], x[0]))[2].x.equal(2 * x[0]), "an item has no target: all of it is input"
     single = line_learner(ml.DataLoaders([(x, x, y)], [(x, x, y)], n_inp=2, device='cpu'), nn.Bilinear(1, 1, 1))
-    assert single.tta(item_tfms=lambda item: item * 2)[0].shape == (8, 1)
+    augmented, plain = single.tta(item_tfms=lambda item: item * 2, beta=None)
+    assert torch.allclose(augmented, single.model(2 * x, x)) and torch.allclose(plain, single.model(x, x)), \
+        "of several inputs, only the first is augmented"
     with pytest.raises(ValueError, match='without targets'):
         line_learner().get_preds(dl=[x], with_loss=True)
     with pytest.raises(ValueError, match='no such loader'):
@@ -3471,7 +3633,7 @@ def test_validate_asks_the_metrics_themselves():
     counter = Counter()
     learn = line_learner(cbs=counter, metrics=ml.ValueMetric(counter.count, 'n'))
     learn.fit(1)
-    assert learn.recorder.values[0][2] == 2 and learn.validate()[1] == 2
+    assert learn.recorder.values[0][2] == 2 and learn.validate()[1] == 2, "a copied callback would count nothing here"
 
 
 def test_own_loaders_are_taken_as_they_come():
@@ -3479,9 +3641,10 @@ def test_own_loaders_are_taken_as_they_come():
         def __iter__(self): return ((x * 2, y) for x, y in super().__iter__())
     x, y = line_data(8)
     inputs, *_ = line_learner().get_preds(dl=Doubling(TensorDataset(x, y), 4), with_input=True)
-    assert inputs.equal(x * 2)
+    assert inputs.equal(x * 2), "a loader with its own __iter__ must not be replaced"
     bare = DataLoader(TensorDataset(x, y), batch_size=None, shuffle=True)
-    assert line_learner().get_preds(dl=bare)[1].flatten().equal(y.flatten())
+    assert line_learner().get_preds(dl=bare)[1].flatten().equal(y.flatten()), \
+        "also a loader without batching is read in the order of the data"
 
 
 def test_predict_one_item():
@@ -3491,8 +3654,10 @@ def test_predict_one_item():
     full, decoded, probs = learn.predict(x[2])
     learn.model.eval()
     expected = learn.model(x[2:3]).softmax(1)[0]
-    assert torch.allclose(probs, expected) and decoded == expected.argmax() and full == 'abc'[decoded]
-    assert learn.predict(x[2].numpy(), with_input=True)[0].equal(x[2]) and dls.n_inp is None
+    assert torch.allclose(probs, expected) and decoded == expected.argmax() and full == 'abc'[decoded], \
+        "evaluation mode, then softmax, argmax, and the name from vocab"
+    assert learn.predict(x[2].numpy(), with_input=True)[0].equal(x[2]) and dls.n_inp is None, \
+        "the input comes back as a tensor, and n_inp as it was"
     assert learn.predict(x[2].double().numpy())[1] == decoded, "NumPy's default is double"
     with pytest.raises(ValueError, match=r'shape \[7\].*train_ds\[0\]\[0\]'):
         learn.predict(torch.ones(7))
@@ -3506,12 +3671,13 @@ def test_show_results_puts_target_over_prediction():
     state = torch.get_rng_state()
     axs = learn.show_results(max_n=3, shuffle=False)
     given = plt.subplots(2, 2)[1]
-    assert learn.show_results(max_n=3, ax=given) is given
-    assert [ax.get_visible() for ax in given.flat] == [True, True, True, False]
+    assert learn.show_results(max_n=3, ax=given) is given, "it draws into the axes that it was given"
+    assert [ax.get_visible() for ax in given.flat] == [True, True, True, False], "axes without a sample are hidden"
     assert torch.get_rng_state().equal(state), "looking draws no random number"
     decoded = learn.get_preds(with_decoded=True)[2]
     titles = [ax.get_title() for ax in axs.flat if ax.get_visible()]
-    assert titles == [f"{'abcdefghij'[t]}\n{'abcdefghij'[p]}" for t, p in zip(y[:3], decoded[:3])]
+    assert titles == [f"{'abcdefghij'[t]}\n{'abcdefghij'[p]}" for t, p in zip(y[:3], decoded[:3])], \
+        "the target stands over the prediction, both as names of vocab"
     plt.close('all')
 
 
@@ -3521,14 +3687,17 @@ def test_tta_mixes_augmented_and_plain():
     with torch.no_grad():
         plain, shifted = learn.model(x), learn.model(x + 1)
     preds, targets = learn.tta(batch_tfms=lambda xb: xb + 1)
-    assert torch.allclose(preds, 0.75 * shifted + 0.25 * plain) and targets.equal(y)
-    assert torch.allclose(learn.tta(item_tfms=lambda item: item + 1, beta=0.)[0], shifted)
+    assert torch.allclose(preds, 0.75 * shifted + 0.25 * plain) and targets.equal(y), \
+        "beta is the share of the plain predictions, not of the augmented ones"
+    assert torch.allclose(learn.tta(item_tfms=lambda item: item + len(item), beta=0.)[0], shifted), \
+        "item_tfms get one item, here of length 1, at a time; beta=0 leaves the plain ones out"
     augmented, bare = learn.tta(batch_tfms=lambda xb: xb + 1, beta=None)
-    assert torch.allclose(augmented, shifted) and torch.allclose(bare, plain)
+    assert torch.allclose(augmented, shifted) and torch.allclose(bare, plain), "beta=None gives both, unmixed"
     assert torch.allclose(learn.tta(batch_tfms=lambda xb: xb - 1, use_max=True)[0], torch.maximum(
         learn.model(x - 1), plain)), "the largest of all"
     steps = iter([0., 2.])
-    assert torch.allclose(learn.tta(n=1, dl=[(x, y)], batch_tfms=lambda xb: xb + next(steps), beta=0.)[0], plain)
+    assert torch.allclose(learn.tta(n=1, dl=[(x, y)], batch_tfms=lambda xb: xb + next(steps), beta=0.)[0], plain), \
+        "n=1 augments in a single pass, over the rows of dl="
 
 
 def test_validation_context_is_for_any_code():
@@ -3536,10 +3705,12 @@ def test_validation_context_is_for_any_code():
     learn.training, learn.dl = True, 'mine'
     learn.model.train()
     with learn.validation_context() as same_learn:
-        assert same_learn is learn and not learn.training and not learn.model.training
-        assert not torch.is_grad_enabled()
+        assert same_learn is learn and not learn.training and not learn.model.training, \
+            "it yields the learner itself, in evaluation mode"
+        assert not torch.is_grad_enabled(), "predictions need no graph"
         learn.dl = 'other'
-    assert learn.training and learn.model.training and learn.dl == 'mine' and torch.is_grad_enabled()
+    assert learn.training and learn.model.training and learn.dl == 'mine' and torch.is_grad_enabled(), \
+        "all that was changed inside is put back"
 
 
 def test_what_watches_over_training_is_away_during_predictions():
@@ -3547,13 +3718,14 @@ def test_what_watches_over_training_is_away_during_predictions():
     learn = line_learner(cbs=Rests)
     with learn.validation_context():
         assert [cb.name for cb in learn.cbs] == ['train_eval'], "no Recorder, no bar"
-    assert [cb.name for cb in learn.cbs] == ['train_eval', 'recorder', 'progress', 'rests']
+    assert [cb.name for cb in learn.cbs] == ['train_eval', 'recorder', 'progress', 'rests'], "back, in their old places"
 
 
 def test_folders_of_predictions_are_made(tmp_path):
     learn = line_learner()
     learn.get_preds(save_preds=tmp_path / 'some' / 'where')
-    assert [f.name for f in sorted((tmp_path / 'some' / 'where').iterdir())] == ['000_00000.pt', '000_00001.pt']
+    assert [f.name for f in sorted((tmp_path / 'some' / 'where').iterdir())] == ['000_00000.pt', '000_00001.pt'], \
+        "missing folders are made, a whole path of them"
 
 
 def test_show_results_of_any_loader_shows_any_samples():
@@ -3566,7 +3738,7 @@ def test_show_results_of_any_loader_shows_any_samples():
         plt.close('all')
         return [float(ax.get_title().split()[0]) for ax in axs.flat if ax.get_visible()]
     assert shown(0, shuffle=False) == list(range(9)), "nine rows of the training loader"
-    assert shown(shuffle=False) == [-i for i in range(9)]
+    assert shown(shuffle=False) == [-i for i in range(9)], "without ds_idx, nine rows of the validation loader"
     some, others = shown(0), shown(0)
     assert len(set(some)) == 9 and set(some) <= set(range(12)), "each from the first batch, none twice"
     assert some != others != shown(0), "others each time"
@@ -3578,7 +3750,8 @@ def test_show_results_of_any_loader_shows_any_samples():
 
 def test_files_of_predictions_are_numbered(tmp_path):
     line_learner().get_preds(dl=[line_data(2)] * 11, save_preds=tmp_path)
-    assert [f.name for f in sorted(tmp_path.iterdir())] == [f'000_{i:05}.pt' for i in range(11)]
+    assert [f.name for f in sorted(tmp_path.iterdir())] == [f'000_{i:05}.pt' for i in range(11)], \
+        "leading zeros, so that batch 10 sorts after batch 9"
 
 
 def test_predictions_draw_no_number_from_the_training_whatever_the_loader():
@@ -3614,7 +3787,8 @@ def test_passes_with_workers_see_other_augmentations_each_time():
 def test_binary_cross_entropy_goes_with_sigmoid_and_threshold(loss_func):
     act, decodes = ml.act_and_decodes(loss_func)
     t = torch.tensor([-1., 2.])
-    assert torch.equal(act(t), t.sigmoid()) and decodes(act(t)).tolist() == [False, True]
+    assert torch.equal(act(t), t.sigmoid()) and decodes(act(t)).tolist() == [False, True], \
+        "decodes sees probabilities: yes is above 0.5, not above 0"
 
 
 def collate(rows): return tuple(torch.stack(items) + 1 for items in zip(*rows))
@@ -3633,11 +3807,14 @@ def test_a_loader_of_rows_keeps_what_its_loader_was_given():
             assert getattr(part, k) == getattr(dl, k), k
         assert part.drop_last == (training is not None), "only a training may drop rows"
         assert (part.generator is dl.generator) == (training is not None), "nor may predictions draw from its generator"
-        assert [part.dataset[i][0].item() for i in range(3)] == [ds[i][0].item() for i in (7, 3, 5)]
-    assert ml.loader_of_rows(dl, None).dataset is ds
+        assert [part.dataset[i][0].item() for i in range(3)] == [ds[i][0].item() for i in (7, 3, 5)], \
+            "the rows that were asked for, in that order"
+    assert ml.loader_of_rows(dl, None).dataset is ds, "rows=None is the whole data set, without a Subset around it"
     own = ml.TensorLoader(torch.arange(10), bs=3, shuffle=True, drop_last=True)
-    assert [b[0].tolist() for b in ml.loader_of_rows(own, range(2, 6))] == [[2, 3, 4], [5]]
-    assert [b[0].tolist() for b in ml.loader_of_rows(own, range(2, 6), own)] == [[2, 3, 4]]
+    assert [b[0].tolist() for b in ml.loader_of_rows(own, range(2, 6))] == [[2, 3, 4], [5]], \
+        "predictions need the small last batch, though the loader drops it"
+    assert [b[0].tolist() for b in ml.loader_of_rows(own, range(2, 6), own)] == [[2, 3, 4]], \
+        "for a training, the last batch is dropped if its loader says so"
 
 
 def test_generators_of_predictions_follow_the_seed():
@@ -3651,7 +3828,7 @@ def test_an_ordered_loader_is_always_a_new_one():
     dl = ml.TensorLoader(torch.arange(4))
     assert ml.ordered_loader(dl) is not dl, "to be told from a loader whose rows are unknown"
     batches = [torch.zeros(2)]
-    assert ml.ordered_loader(batches) is batches
+    assert ml.ordered_loader(batches) is batches, "a list has no data set whose order could be restored"
 
 
 def test_predictions_leave_the_flags_of_the_batch_and_find_the_device():
@@ -3674,7 +3851,7 @@ def test_loss_functions_bring_their_own_activation_and_decoding():
         def activation(self, t): return t + 1
         def decodes(self, t): return t * 2
     act, decodes = ml.act_and_decodes(Loss())
-    assert act(1) == 2 and decodes(1) == 2
+    assert act(1) == 2 and decodes(1) == 2, "what the loss itself brings wins over the defaults"
 
 
 def test_cancelled_batches_are_not_measured():
@@ -3705,10 +3882,11 @@ def trained(path, **kwargs):
 def test_save_and_load(tmp_path, opt_func):
     learn = trained(tmp_path, opt_func=opt_func)
     file = learn.save('tmp')
-    assert file == tmp_path / 'models' / 'tmp.pth' and file.exists()
+    assert file == tmp_path / 'models' / 'tmp.pth' and file.exists(), "path/model_dir/name.pth, and save says where"
     other = line_learner(line_dls(path=tmp_path), opt_func=opt_func)
-    assert other.load('tmp') is other and same(weights(learn.model), weights(other.model))
-    assert str(other.opt.state_dict()) == str(learn.opt.state_dict())
+    assert other.load('tmp') is other and same(weights(learn.model), weights(other.model)), \
+        "load gives the learner back, with the weights of the file"
+    assert str(other.opt.state_dict()) == str(learn.opt.state_dict()), "the optimizer's averages are in the file, too"
     for o in (learn, other):
         o.fit(1)
     assert same(weights(learn.model), weights(other.model)), "they go on alike"
@@ -3717,21 +3895,24 @@ def test_save_and_load(tmp_path, opt_func):
 def test_files_open_with_stock_torch(tmp_path):
     learn = trained(tmp_path)
     both = torch.load(learn.save('a'), weights_only=True)
-    assert set(both) == {'model', 'opt'} and set(both['model']) == {'a', 'b'}
-    assert set(torch.load(learn.save('b', with_opt=False), weights_only=True)) == {'a', 'b'}
+    assert set(both) == {'model', 'opt'} and set(both['model']) == {'a', 'b'}, \
+        "a dict of two state dicts, which need no code of ours to be read"
+    assert set(torch.load(learn.save('b', with_opt=False), weights_only=True)) == {'a', 'b'}, \
+        "with_opt=False: the state dict of the model, and nothing around it"
 
 
 def test_places_of_files(tmp_path):
     learn = trained(tmp_path)
-    assert learn.save('x.pth').name == 'x.pth'
-    assert learn.save(tmp_path / 'abs.bin') == tmp_path / 'abs.bin' and (tmp_path / 'abs.bin').exists()
+    assert learn.save('x.pth').name == 'x.pth', "the suffix is not added twice"
+    assert learn.save(tmp_path / 'abs.bin') == tmp_path / 'abs.bin' and (tmp_path / 'abs.bin').exists(), \
+        "an absolute path is taken as it is"
     assert not list(tmp_path.rglob('*.tmp')), "nothing unfinished is left"
     buffer = io.BytesIO()
     learn.save(buffer)
     buffer.seek(0)
     other = line_learner()
     other.load(buffer)
-    assert same(weights(learn.model), weights(other.model))
+    assert same(weights(learn.model), weights(other.model)), "saving and loading take an open file, too"
     with open(tmp_path / 'open.pth', 'wb') as f:
         learn.save(f, pickle_protocol=3)
     with open(tmp_path / 'open.pth', 'rb') as f:
@@ -3744,7 +3925,7 @@ def test_with_opt_and_strict(tmp_path):
     learn.save('model', with_opt=False)
     other = line_learner(line_dls(path=tmp_path))
     other.load('both', with_opt=False)
-    assert other.opt is None
+    assert other.opt is None, "with_opt=False: no optimizer has to be made for it"
     other.load('model')
     with pytest.raises(ValueError, match='with_opt=True'):
         other.load('model', with_opt=True)
@@ -3782,8 +3963,9 @@ def test_bad_files_change_nothing_and_run_no_code(tmp_path, damage):
         torch.save(wrong[damage], file)
     with pytest.raises(FileNotFoundError if damage == 'missing' else ValueError, match=re.escape(str(file))):
         learn.load('file')
-    assert same(weights(learn.model), before[0]) and str(learn.opt.state_dict()) == before[1]
-    assert not (tmp_path / 'was-here').exists()
+    assert same(weights(learn.model), before[0]) and str(learn.opt.state_dict()) == before[1], \
+        "a refused file leaves weights and optimizer as they were"
+    assert not (tmp_path / 'was-here').exists(), "code of the file was run: weights_only=True forbids that"
 
 
 def test_a_failed_save_leaves_the_previous_file(tmp_path, monkeypatch):
@@ -3796,7 +3978,8 @@ def test_a_failed_save_leaves_the_previous_file(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, 'save', full)
     with pytest.raises(OSError, match='no space'):
         learn.save('file')
-    assert file.read_bytes() == content and len(list(file.parent.iterdir())) == 1
+    assert file.read_bytes() == content and len(list(file.parent.iterdir())) == 1, \
+        "the old file is whole, and what was half-written is removed"
 
 
 def test_wrapped_models_are_saved_under_bare_keys(tmp_path):
@@ -3805,13 +3988,13 @@ def test_wrapped_models_are_saved_under_bare_keys(tmp_path):
     model[1] = torch.compile(model[1], backend='eager')
     compiled = torch.compile(model, backend='eager')
     ml.save_model(tmp_path / 'm.pth', compiled, None)
-    assert list(torch.load(tmp_path / 'm.pth', weights_only=True)) == bare
+    assert list(torch.load(tmp_path / 'm.pth', weights_only=True)) == bare, "bare keys, also for compiled parts inside"
     plain = nn.Sequential(nn.Linear(10, 16), small_net(1, n_in=16))
     ml.load_model(tmp_path / 'm.pth', plain, None)
-    assert same(weights(plain), weights(compiled))
+    assert same(weights(plain), weights(compiled)), "what a compiled model has saved, a plain one can load"
     torch.save({f'module.{k}': v * 0 + 1 for k, v in plain.state_dict().items()}, tmp_path / 'ddp.pth')
     ml.load_model(tmp_path / 'ddp.pth', nn.DataParallel(compiled), None)
-    assert all((w == 1).all() for w in weights(compiled))
+    assert all((w == 1).all() for w in weights(compiled)), "one wrapper's prefix is no obstacle for a model in others"
 
 
 def test_export_and_load_learner(tmp_path):
@@ -3821,12 +4004,15 @@ def test_export_and_load_learner(tmp_path):
         learn.fit(1)
     opt, dls = learn.opt, learn.dls
     file = learn.export()
-    assert file == tmp_path / 'export.pkl' and learn.opt is opt and learn.dls is dls
+    assert file == tmp_path / 'export.pkl' and learn.opt is opt and learn.dls is dls, \
+        "export takes data and optimizer away only while it writes"
     loaded = ml.load_learner(file)
     x, _ = line_data(5)
-    assert loaded.get_preds(dl=[x])[0].equal(learn.get_preds(dl=[x])[0])
-    assert len(loaded.dls.train) == 0 and loaded.opt is None and loaded.dls.vocab == ['a', 'b']
-    assert loaded.recorder.learn is loaded and loaded.predict(x[0])[2].shape == (1,)
+    assert loaded.get_preds(dl=[x])[0].equal(learn.get_preds(dl=[x])[0]), "same weights and activation, same result"
+    assert len(loaded.dls.train) == 0 and loaded.opt is None and loaded.dls.vocab == ['a', 'b'], \
+        "data and optimizer stay behind, the vocab goes along"
+    assert loaded.recorder.learn is loaded and loaded.predict(x[0])[2].shape == (1,), \
+        "its callbacks belong to the loaded learner, which can predict"
 
 
 class MyLoaders(ml.DataLoaders):
@@ -3837,10 +4023,10 @@ def test_export_in_a_fit_leaves_out_the_data(tmp_path):
     x, y = line_data(20000)
     learn = line_learner(MyLoaders([(x, y)], device='cpu', path=tmp_path))
     learn.fit(1, cbs=ml.Callback(after_batch=export_now))
-    assert (tmp_path / 'export.pkl').stat().st_size < 50000
+    assert (tmp_path / 'export.pkl').stat().st_size < 50000, "neither the loader nor the batch is in the file"
     loaded = ml.load_learner(tmp_path / 'export.pkl')
     loaded.remove_cb(loaded.callback)      # the one that exports came along
-    assert loaded.dl is None and loaded.predict(x[0])[0] == 'mine'
+    assert loaded.dl is None and loaded.predict(x[0])[0] == 'mine', "no loader, but the class of the DataLoaders stays"
 
 
 def export_now(self):
@@ -3854,7 +4040,7 @@ def test_load_learner_wants_a_learner(tmp_path):
     torch.save({'a': torch.ones(1)}, tmp_path / 'x.pkl')
     with pytest.raises(ValueError, match='holds a dict'):
         ml.load_learner(tmp_path / 'x.pkl')
-    assert ml.load_learner.__doc__.startswith('Loading runs code')
+    assert ml.load_learner.__doc__.startswith('Loading runs code'), "who asks for help reads the warning first"
 
 
 @pytest.mark.parametrize('saved, loaded', [(a, b) for a in MAKERS for b in MAKERS if a != b])
@@ -3870,9 +4056,10 @@ def test_the_state_of_another_optimizer_is_refused(saved, loaded):
     with pytest.raises(ValueError, match='optimizer does not fit'):
         buffer.seek(0)
         other.load(buffer)
-    assert same(weights(other.model), weights(Line())) and str(other.opt.state_dict()) == before
+    assert same(weights(other.model), weights(Line())) and str(other.opt.state_dict()) == before, \
+        "all is checked before the first weight or state changes"
     buffer.seek(0)
-    assert same(weights(learner(saved).load(buffer).model), weights(learn.model))
+    assert same(weights(learner(saved).load(buffer).model), weights(learn.model)), "one of the same kind takes it over"
 
 
 def test_load_model_leaves_out_the_optimizer_on_demand(tmp_path):
@@ -3903,7 +4090,7 @@ def test_load_learner_puts_it_on_the_cpu_unless_told(tmp_path):
     learn = line_learner(ml.DataLoaders([], device='meta', path=tmp_path), Line().to('meta'))
     learn.logger = print
     learn.export()
-    assert ml.load_learner(tmp_path / 'export.pkl').dls.device.type == 'cpu'
+    assert ml.load_learner(tmp_path / 'export.pkl').dls.device.type == 'cpu', "cpu=True: batches, too, go to the CPU"
     assert ml.load_learner(tmp_path / 'export.pkl', cpu=False).dls.device.type == 'meta', "where it was"
 
 
@@ -3924,13 +4111,14 @@ def test_export_leaves_out_the_validation_data_too(tmp_path):
     x, y = line_data(20000)
     learn = line_learner(ml.DataLoaders([], [(x, y)], device='cpu', path=tmp_path))
     learn.logger = print
-    assert learn.export().stat().st_size < 50000
-    assert ml.load_learner(tmp_path / 'export.pkl').dls.valid is None
+    assert learn.export().stat().st_size < 50000, "the validation rows are data, too: they stay out of the file"
+    assert ml.load_learner(tmp_path / 'export.pkl').dls.valid is None, \
+        "no validation loader: whoever loads it brings the data"
 
 
 def test_load_state_reads_to_the_cpu_or_says_what_is_wrong(tmp_path):
     ml.save_state({'a': torch.ones(2)}, tmp_path / 'a.pth')
-    assert ml.load_state(tmp_path / 'a.pth')['a'].tolist() == [1, 1]
+    assert ml.load_state(tmp_path / 'a.pth')['a'].tolist() == [1, 1], "what save_state wrote comes back"
     (tmp_path / 'b.pth').write_text('hello')
     with pytest.raises(ValueError, match='cannot load .*b.pth'):
         ml.load_state(tmp_path / 'b.pth')
@@ -3943,25 +4131,26 @@ def test_tensors_without_plain_values_are_refused_before_anything_changes(tmp_pa
     torch.save({k: odd(v) if k == '1.weight' else v + 1 for k, v in state.items()}, tmp_path / 'm.pth')
     with pytest.raises(ValueError, match=r'm.pth does not fit .*1.weight'):
         ml.load_model(tmp_path / 'm.pth', model, None)
-    assert same(weights(model), before)
+    assert same(weights(model), before), "check all tensors before the first is copied"
 
 
 def test_weights_load_into_lazy_layers(tmp_path):
     ml.save_model(tmp_path / 'm.pth', nn.Linear(3, 2), None)
     lazy = nn.LazyLinear(2)
     ml.load_model(tmp_path / 'm.pth', lazy, None)
-    assert lazy.weight.shape == (2, 3)
+    assert lazy.weight.shape == (2, 3), "a lazy layer takes its shape from the file"
 
 
 def test_wrappers_inside_of_wrappers_come_off():
     model = nn.Linear(1, 1)
     compiled = types.SimpleNamespace(_orig_mod=nn.DataParallel(model))
-    assert ml.bare_model(compiled) is model and ml.bare_model(model) is model
+    assert ml.bare_model(compiled) is model and ml.bare_model(model) is model, "wrappers come off one by one"
 
 
 def test_export_has_a_name_of_its_own(tmp_path):
     learn = line_learner(path=tmp_path, loss_func=F.mse_loss)
-    assert learn.export() == tmp_path / 'export.pkl' and (tmp_path / 'export.pkl').exists()
+    assert learn.export() == tmp_path / 'export.pkl' and (tmp_path / 'export.pkl').exists(), \
+        "export.pkl by default, in the learner's own path, not in model_dir"
 
 
 # =============================================================================================
@@ -3985,7 +4174,7 @@ def test_nan_never_reaches_the_weights(bad):
     learn = line_learner(dls, cbs=ml.TerminateOnNaNCallback)
     learn.fit(3)
     assert all(w.isfinite().all() for w in weights(learn.model)), "it stops before the step"
-    assert len(learn.recorder.losses) == 1 and learn.epoch == 0
+    assert len(learn.recorder.losses) == 1 and learn.epoch == 0, "the bad batch is not recorded, and no epoch follows"
 
 
 class Scripted(ml.Callback):
@@ -4012,22 +4201,22 @@ def scripted(values, cbs, **kwargs):
 def test_early_stopping_is_exact(values, kwargs, epochs):
     learn = scripted(values, ml.EarlyStoppingCallback(monitor='score', **kwargs))
     learn.fit(5)
-    assert len(learn.recorder.values) == epochs
+    assert len(learn.recorder.values) == epochs, "equal, NaN or not better by min_delta is not best: patience runs"
 
 
 def test_trackers_compare_and_reset():
     cb = ml.TrackerCallback()
-    assert cb.comp(1, 2) and ml.TrackerCallback('error_rate').comp(1, 2)
+    assert cb.comp(1, 2) and ml.TrackerCallback('error_rate').comp(1, 2), "loss or error in the title: less is better"
     assert ml.TrackerCallback('accuracy').comp(2, 1), "accuracy: more is better"
     learn = scripted([3, 4], ml.TrackerCallback('score'))
     learn.fit(2)
-    assert learn.tracker.best == 4
+    assert learn.tracker.best == 4, "the best of a score is the greatest so far"
     learn.tracker.reset_on_fit, learn.scripted.values = False, [1, 1]
     learn.fit(1)
-    assert learn.tracker.best == 4 and not learn.tracker.new_best
+    assert learn.tracker.best == 4 and not learn.tracker.new_best, "reset_on_fit=False: the old best is to be beaten"
     learn.tracker.reset_on_fit = True
     learn.fit(1)
-    assert learn.tracker.best == 1
+    assert learn.tracker.best == 1, "reset_on_fit=True: each fit looks for its own best"
     learn.lr_find(num_it=5, show_plot=False)
     assert learn.tracker.best == 1, "trackers rest while rates are tried out"
     with pytest.raises(ValueError, match="monitor='acc'.*'train_loss', 'valid_loss', 'score'"):
@@ -4041,7 +4230,7 @@ def test_save_model_restores_the_best_of_this_run(tmp_path):
     learn.add_cb(ml.Callback(after_epoch=lambda self: seen.append(weights(self.model))))
     learn.fit(4)
     assert same(weights(learn.model), seen[1]), "epoch 1 was best, and NaN is never best"
-    assert [f.name for f in (tmp_path / 'models').iterdir()] == ['best.pth']
+    assert [f.name for f in (tmp_path / 'models').iterdir()] == ['best.pth'], "one file, replaced at each new best"
     learn.scripted.values = [math.nan] * 2
     learn.fit(2)
     assert same(weights(learn.model), seen[-1]), "nothing was best in this run: nothing is loaded"
@@ -4050,11 +4239,13 @@ def test_save_model_restores_the_best_of_this_run(tmp_path):
 def test_save_model_every_epoch_and_at_end(tmp_path):
     learn = line_learner(line_dls(path=tmp_path))
     learn.fit(3, cbs=ml.SaveModelCallback(every_epoch=2, fname='e', with_opt=True))
-    assert {f.name for f in (tmp_path / 'models').iterdir()} == {'e_0.pth', 'e_2.pth'}
-    assert 'opt' in torch.load(tmp_path / 'models' / 'e_0.pth', weights_only=True)
+    assert {f.name for f in (tmp_path / 'models').iterdir()} == {'e_0.pth', 'e_2.pth'}, \
+        "every_epoch=2 saves epochs 0 and 2, each under its number"
+    assert 'opt' in torch.load(tmp_path / 'models' / 'e_0.pth', weights_only=True), "with_opt: the optimizer as well"
     learn.fit(2, cbs=ml.SaveModelCallback(at_end=True, fname='end'))
     last = weights(learn.model)
-    assert same(weights(line_learner(line_dls(path=tmp_path)).load('end').model), last)
+    assert same(weights(line_learner(line_dls(path=tmp_path)).load('end').model), last), \
+        "at_end: the file has the weights with which the fit ended"
 
 
 def test_gradient_clip():
@@ -4062,7 +4253,7 @@ def test_gradient_clip():
     learn = line_learner(opt_func=ml.SGD, cbs=[ml.GradientClip(0.1), ml.Callback(
         after_step=lambda self: norms.append(math.hypot(self.model.a.grad, self.model.b.grad)))])
     learn.fit(1)
-    assert max(norms) == pytest.approx(0.1, rel=1e-3)
+    assert max(norms) == pytest.approx(0.1, rel=1e-3), "the norm over all parameters together, cut before the step"
 
 
 @pytest.mark.parametrize('with_length', [True, False])
@@ -4103,7 +4294,8 @@ def test_a_window_that_was_cancelled_does_not_leak_into_the_next():
         return weights(learn.model)
     one = run([(x, y)], 1, [])
     acc = run(batches, 2, [ml.GradientAccumulation(40), ml.Callback(before_batch=cancel)])
-    assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(one, acc))
+    assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(one, acc)), \
+        "a new epoch begins without gradients and counts of the old one"
     watched = run(batches, 1, [ml.GradientAccumulation(40), ml.Callback(
         after_step=lambda self: self.learn.get_preds(dl=[(x, y)]))])
     assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(one, watched)), "predicting disturbs nothing"
@@ -4120,7 +4312,8 @@ def test_batches_without_gradient_do_not_count():
     both = tuple(torch.cat(o) for o in zip(batches[0], batches[2]))
     plain = line_learner(ml.DataLoaders([both], device='cpu'), opt_func=ml.SGD)
     plain.fit(1)
-    assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(weights(learn.model), weights(plain.model)))
+    assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(weights(learn.model), weights(plain.model))), \
+        "a batch without backward pass is no part of the mean"
 
 
 def test_skipped_epochs_are_neither_best_nor_worse():
@@ -4128,7 +4321,7 @@ def test_skipped_epochs_are_neither_best_nor_worse():
         if self.epoch == 1: raise ml.CancelEpochException
     learn = scripted([1, None, 2, 3, 0], [ml.EarlyStoppingCallback('score'), ml.Callback(before_epoch=skip)])
     learn.fit(5)
-    assert [row[2] for row in learn.recorder.values] == [1, 2, 3, 0]
+    assert [row[2] for row in learn.recorder.values] == [1, 2, 3, 0], "a skipped epoch: no row, no patience lost"
     with pytest.raises(ValueError, match="monitor='time'"):
         learn.fit(1, cbs=ml.TrackerCallback('time'))
     with pytest.raises(ValueError, match='patience=0'):
@@ -4161,7 +4354,8 @@ def test_model_resetter_and_rnn_regularizer():
     copy.deepcopy(learn)    # no graph is left in the callbacks
     out, (h,), _ = model(x)
     expected = F.mse_loss(out, y) + 2 * h.pow(2).mean() + 3 * (h[:, 1:] - h[:, :-1]).pow(2).mean()
-    assert learn.recorder.losses[0].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert learn.recorder.losses[0].item() == pytest.approx(expected.item(), rel=1e-5), \
+        "alpha weighs large activations, beta their changes in time"
     out, _, _ = learn.model(x)
     assert learn.recorder.values[0][1] == pytest.approx(F.mse_loss(out, y).item(), rel=1e-4), \
         "in validation there is no penalty"
@@ -4172,7 +4366,7 @@ def test_export_names_what_cannot_be_pickled(tmp_path):
     learn.logger = print
     with pytest.raises(ValueError, match='cannot export loss_func=.*of the Learner'):
         learn.export()
-    assert learn.dls.train_ds is not None and not list(tmp_path.iterdir())
+    assert learn.dls.train_ds is not None and not list(tmp_path.iterdir()), "a failed export: data back, no file left"
     class Tst(ml.Callback):
         def __init__(self): self.f = lambda: 1
     learn = line_learner(line_dls(path=tmp_path), cbs=ml.EarlyStoppingCallback(comp=lambda a, b: a < b))
@@ -4203,10 +4397,13 @@ def test_half_precision_is_for_prediction_and_loss_alone():
     learn.fit(1)
     assert set(learn.model.types) == {torch.bfloat16}, "the model computes in bfloat16"
     assert set(outside) == {(False, torch.float32)}, "callbacks see float32, and run outside of autocast"
-    assert learn.model.lin.weight.dtype == torch.float32 and learn.mixed_precision.scaler is None
+    assert learn.model.lin.weight.dtype == torch.float32 and learn.mixed_precision.scaler is None, \
+        "small steps vanish in half-precision weights; and bfloat16 needs no scaler"
     learn.model.types.clear()
-    assert learn.get_preds()[0].dtype == torch.float32 and set(learn.model.types) == {torch.bfloat16}
-    assert learn.to_bf16().to_fp32() is learn and not hasattr(learn, 'mixed_precision')
+    assert learn.get_preds()[0].dtype == torch.float32 and set(learn.model.types) == {torch.bfloat16}, \
+        "predictions compute in bfloat16, too, and come out as float32"
+    assert learn.to_bf16().to_fp32() is learn and not hasattr(learn, 'mixed_precision'), \
+        "to_fp32 takes the callback away and returns the learner"
     learn.model.types.clear()
     learn.fit(1)
     assert set(learn.model.types) == {torch.float32}, "to_fp32 goes back"
@@ -4219,14 +4416,16 @@ def test_half_precision_of_nested_predictions_and_without_targets():
         def forward(self, x): return x.bfloat16(), [x.half(), x.long()]
     learn = line_learner(model=Two(), dls=ml.DataLoaders([torch.ones(4, 1)], device='cpu')).to_bf16()
     preds, _ = learn.get_preds(0)
-    assert (preds[0].dtype, preds[1][0].dtype, preds[1][1].dtype) == (torch.float32, torch.float32, torch.int64)
+    assert (preds[0].dtype, preds[1][0].dtype, preds[1][1].dtype) == (torch.float32, torch.float32, torch.int64), \
+        "float16 and bfloat16 become float32, however nested; integers stay"
 
 
 def test_bfloat16_trains_about_as_well():
     learn, half = line_learner(), line_learner().to_bf16()
     for o in (learn, half):
         o.fit(6)
-    assert half.final_record == pytest.approx(learn.final_record, rel=0.1, abs=0.01)
+    assert half.final_record == pytest.approx(learn.final_record, rel=0.1, abs=0.01), \
+        "rounded predictions hardly change where a training ends"
 
 
 def test_float16_without_cuda_is_bfloat16_and_says_so_once():
@@ -4236,7 +4435,7 @@ def test_float16_without_cuda_is_bfloat16_and_says_so_once():
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         learn.fit(1)
-    assert set(learn.model.types) == {torch.bfloat16}
+    assert set(learn.model.types) == {torch.bfloat16}, "float16 needs CUDA: elsewhere it is bfloat16"
 
 
 class ScalerLog:
@@ -4287,11 +4486,11 @@ def test_a_step_with_infinite_gradients_is_skipped_and_counted(monkeypatch):
     learn.add_cb(ml.Callback(after_batch=lambda self: self.training and seen.append(weights(self.model))))
     learn.fit_one_cycle(1, 0.1)
     assert same(seen[0], seen[1]) and not same(seen[1], seen[2]), "the second step is skipped, no other"
-    assert all(w.isfinite().all() for w in weights(learn.model))
+    assert all(w.isfinite().all() for w in weights(learn.model)), "one infinite gradient would spoil a weight for ever"
     assert learn.train_iter == 4 and len(learn.recorder.hps['lr']) == 4 and len(learn.recorder.losses) == 4, \
         "the schedule goes on by batches"
     assert learn.mixed_precision.scaler.get_scale() == 4., "halved once, two good steps since"
-    assert events.events.count('after_cancel_step') == 1
+    assert events.events.count('after_cancel_step') == 1, "to skip a step is to cancel it"
 
 
 def test_float16_with_accumulation_unscales_once_per_step(monkeypatch):
@@ -4299,16 +4498,21 @@ def test_float16_with_accumulation_unscales_once_per_step(monkeypatch):
     learn.fit(2)
     plain = line_learner(cbs=ml.GradientAccumulation(32))
     plain.fit(2)
-    assert torch.allclose(torch.stack(weights(learn.model)), torch.stack(weights(plain.model)), rtol=0.01)
-    assert [float(v) for v in learn.recorder.losses] == pytest.approx([float(v) for v in plain.recorder.losses], rel=0.01)
+    assert torch.allclose(torch.stack(weights(learn.model)), torch.stack(weights(plain.model)), rtol=0.01), \
+        "scaled gradients add up; they are unscaled once, before the step"
+    assert [float(v) for v in learn.recorder.losses] == pytest.approx([float(v) for v in plain.recorder.losses], rel=0.01), \
+        "scale and number of rows are for the gradients: the record has the loss itself"
 
 
 @needs_cuda
 def test_float16_on_cuda(tmp_path):
     learn = line_learner(line_dls(device='cuda'), model=SeesPrecision(), path=tmp_path).to_fp16()
     learn.fit(3, cbs=ml.CheckpointCallback('run'))
-    assert set(learn.model.types) == {torch.float16} and learn.mixed_precision.scaler.get_scale() > 1
-    assert learn.get_preds()[0].dtype == torch.float32 and learn.final_record[-1] < 10
+    assert set(learn.model.types) == {torch.float16} and learn.mixed_precision.scaler.get_scale() > 1, \
+        "on CUDA it is real float16, whose small range needs a scale"
+    losses = [row[1] for row in learn.recorder.values]
+    assert learn.get_preds()[0].dtype == torch.float32 and losses[-1] < losses[0], \
+        "predictions come out as float32, and the model learns"
 
 
 KILLED = """
@@ -4475,7 +4679,7 @@ def test_a_checkpoint_is_a_file_of_weights_too(tmp_path):
     state = torch.load(tmp_path / 'models' / 'run.pth', weights_only=True)
     assert equal(state['model'], dict(learn.model.state_dict())), "stock torch.load opens it"
     other = line_learner(path=tmp_path, opt_func=functools.partial(ml.SGD, mom=0.9)).load('run')
-    assert same(weights(other.model), weights(learn.model))
+    assert same(weights(other.model), weights(learn.model)), "Learner.load reads its weights, and leaves the rest"
 
 
 @pytest.mark.parametrize('every, stop, first', [(1, 2, 2), (2, 3, 2), (2, 1, 0), (3, 4, 3)])
@@ -4486,26 +4690,29 @@ def test_every_says_after_which_epochs_to_save(tmp_path, every, stop, first):
     assert len(learn.recorder.values) == 5, "the history has the epochs from before"
     whole = line_learner(opt_func=functools.partial(ml.SGD, mom=0.9))
     whole.fit(5)
-    assert learn.recorder.values == whole.recorder.values and same(weights(learn.model), weights(whole.model))
-    assert equal(learn.opt.state_dict(), whole.opt.state_dict())
+    assert learn.recorder.values == whole.recorder.values and same(weights(learn.model), weights(whole.model)), \
+        "as if it had never been stopped: the same rows, the same bits"
+    assert equal(learn.opt.state_dict(), whole.opt.state_dict()), "the momentum goes on as well"
     assert torch.load(tmp_path / 'models' / 'run.pth', weights_only=True)['n_fits'] == 1, "the end is saved"
 
 
 def test_resume_false_begins_anew(tmp_path):
     checkpointed(tmp_path, stop=2)
     learn = checkpointed(tmp_path, resume=False)
-    assert len(learn.recorder.values) == 3 and learn.train_iter == 12
+    assert len(learn.recorder.values) == 3 and learn.train_iter == 12, "resume=False: three epochs, none from the file"
     fresh = line_learner(opt_func=functools.partial(ml.SGD, mom=0.9))
     fresh.fit(3)
-    assert same(weights(learn.model), weights(fresh.model))
+    assert same(weights(learn.model), weights(fresh.model)), "nothing of the old training is left in it"
 
 
 def test_a_complete_training_says_that_nothing_is_left(tmp_path):
     done = checkpointed(tmp_path)
     with pytest.warns(UserWarning, match='complete'):
         again = checkpointed(tmp_path)
-    assert same(weights(done.model), weights(again.model)) and again.recorder.values == done.recorder.values
-    assert again.final_record == done.final_record and float(again.smooth_loss) == float(done.smooth_loss)
+    assert same(weights(done.model), weights(again.model)) and again.recorder.values == done.recorder.values, \
+        "weights and history come back as they ended, and nothing is trained"
+    assert again.final_record == done.final_record and float(again.smooth_loss) == float(done.smooth_loss), \
+        "what the Recorder gives to the learner is there again, too"
 
 
 def test_the_file_of_another_training_is_refused_before_anything_changes(tmp_path):
@@ -4521,7 +4728,7 @@ def test_the_file_of_another_training_is_refused_before_anything_changes(tmp_pat
         with pytest.raises(ValueError, match=match) as info:
             learn.fit(n, cbs=ml.CheckpointCallback('run'))
         assert str(file) in str(info.value) and 'start_epoch=2' in str(info.value), "it says what to do instead"
-        assert same(weights(learn.model), before)
+        assert same(weights(learn.model), before), "refused before a weight has changed"
     learn.save('run')
     with pytest.raises(ValueError, match='is no checkpoint'):
         learn.fit(4, cbs=ml.CheckpointCallback('run'))
@@ -4552,7 +4759,8 @@ def test_the_checkpoint_of_a_loss_with_weights_comes_back(tmp_path):
     (tmp_path / 'models' / 'run.pth').unlink()
     run(1)
     learn = run(None)
-    assert same(weights(learn.model), weights(whole.model)) and learn.loss_func.seen == whole.loss_func.seen == 12
+    assert same(weights(learn.model), weights(whole.model)) and learn.loss_func.seen == whole.loss_func.seen == 12, \
+        "the buffer of the loss goes on, too: it has seen 12 batches"
 
 
 @pytest.mark.filterwarnings('ignore:.*complete')
@@ -4568,13 +4776,14 @@ def test_fine_tune_passes_over_the_part_that_was_done(tmp_path):
             learn.fine_tune(2, 0.1, freeze_epochs=2, cbs=ml.CheckpointCallback('run'))
         return learn, n_batches[0]
     whole, n = run(None)
-    assert n == 16
+    assert n == 16, "two epochs frozen and two thawed, of four batches each"
     for stop in (3, 6, 10, 14):
         (tmp_path / 'models' / 'run.pth').unlink()
         run(stop)
         learn, n = run(None)
         assert n == 16 - (stop // 4) * 4, f"stopped at batch {stop}, it repeats only the epoch that was not done"
-        assert same(weights(learn.model), weights(whole.model)) and learn.recorder.values == whole.recorder.values
+        assert same(weights(learn.model), weights(whole.model)) and learn.recorder.values == whole.recorder.values, \
+            "wherever it was stopped, weights and rows end the same"
 
 
 def test_the_same_callback_goes_on_after_ctrl_c_and_begins_a_second_fit_anew(tmp_path):
@@ -4595,9 +4804,9 @@ def test_the_same_callback_goes_on_after_ctrl_c_and_begins_a_second_fit_anew(tmp
 def test_a_checkpoint_rests_while_lr_find_looks(tmp_path):
     learn = line_learner(path=tmp_path, cbs=ml.CheckpointCallback('run'))
     learn.lr_find(num_it=8, show_plot=False)
-    assert not (tmp_path / 'models').exists()
+    assert not (tmp_path / 'models').exists(), "to try out rates is no training: there is nothing to go on with"
     learn.fit(1)
-    assert (tmp_path / 'models' / 'run.pth').exists()
+    assert (tmp_path / 'models' / 'run.pth').exists(), "after lr_find, a real fit is saved as ever"
 
 
 def test_what_a_checkpoint_cannot_keep_is_named(tmp_path):
@@ -4605,7 +4814,7 @@ def test_what_a_checkpoint_cannot_keep_is_named(tmp_path):
         def state_dict(self): return {'a': object()}
     with pytest.raises(TypeError, match='state of Odd'):
         line_learner(path=tmp_path).fit(1, cbs=[Odd(), ml.CheckpointCallback('run')])
-    assert not (tmp_path / 'models').exists()
+    assert not (tmp_path / 'models').exists(), "what could not be read again is refused before a file is written"
 
 
 def test_groups_that_a_callback_has_thawed_are_so_after_a_resume(tmp_path):
@@ -4622,8 +4831,8 @@ def test_groups_that_a_callback_has_thawed_are_so_after_a_resume(tmp_path):
     (tmp_path / 'models' / 'run.pth').unlink()
     run(3)
     learn = run(None)
-    assert all(p.requires_grad for p in learn.model.parameters())
-    assert same(weights(learn.model), weights(whole.model))
+    assert all(p.requires_grad for p in learn.model.parameters()), "which parameters train is in the file, too"
+    assert same(weights(learn.model), weights(whole.model)), "with the same groups trained, the same weights"
 
 
 @pytest.mark.parametrize('make', [ml.TrackerCallback, ml.EarlyStoppingCallback, ml.SaveModelCallback])
@@ -4653,7 +4862,7 @@ def test_gradient_accumulation_takes_32_samples_by_default():
     learn = line_learner(ml.DataLoaders([line_data(16)] * 4, device='cpu'), cbs=[
         ml.GradientAccumulation, ml.Callback(after_step=lambda self: self.completed and steps.append(self.iter))])
     learn.fit(1)
-    assert steps == [1, 3]
+    assert steps == [1, 3], "n_acc counts rows, not batches: two of 16 make a step"
 
 
 def test_rnn_regularizer_takes_a_single_time_step():
@@ -4692,7 +4901,8 @@ def test_a_finished_fit_is_passed_over_with_its_best_weights(tmp_path, stop, eve
     two_fits(tmp_path, stop, every=every)
     learn = two_fits(tmp_path, None, every=every)
     assert same(weights(learn.model), weights(whole.model)), "though model.pth is of the second fit by then"
-    assert learn.recorder.values == whole.recorder.values and learn.recorder.hps == whole.recorder.hps
+    assert learn.recorder.values == whole.recorder.values and learn.recorder.hps == whole.recorder.hps, \
+        "its rows and rates are whole, from before and after the stop"
     again = two_fits(tmp_path, None, every=every)
     assert same(weights(again.model), weights(whole.model)), "and passed over as a whole"
 
@@ -4718,27 +4928,30 @@ def test_an_error_that_somebody_handled_does_not_keep_a_training_from_its_end(tm
             self.learn.one_batch(0, (torch.ones(2, 3), torch.ones(2, 1)))
     checkpoint, learn = ml.CheckpointCallback('run'), line_learner(line_dls(path=tmp_path), nn.Linear(1, 1))
     learn.fit(1, cbs=[checkpoint, ml.Callback(after_epoch=bad_batch)])
-    assert checkpoint.n_fits == 1
+    assert checkpoint.n_fits == 1, "the fit itself came to its end: it counts as finished"
 
 
 def test_a_fit_that_is_cancelled_before_it_begins_is_no_error(tmp_path):
     def cancel(self): raise ml.CancelFitException
-    assert checkpointed(tmp_path, cbs=ml.Callback(before_fit=cancel)).epoch == 0
-    assert not (tmp_path / 'models').exists()
+    assert checkpointed(tmp_path, cbs=ml.Callback(before_fit=cancel)).epoch == 0, \
+        "cancelled before the first epoch: none has run, and nothing is raised"
+    assert not (tmp_path / 'models').exists(), "there is no training that could be saved"
 
 
 @pytest.mark.filterwarnings('ignore:.*complete')
 def test_a_training_that_stopped_early_is_complete(tmp_path):
     first = checkpointed(tmp_path, 9, cbs=ml.EarlyStoppingCallback(min_delta=9.))
-    assert len(first.recorder.values) < 9
+    assert len(first.recorder.values) < 9, "nobody improves by 9: it must stop early"
     again = checkpointed(tmp_path, 9, cbs=ml.EarlyStoppingCallback(min_delta=9.))
-    assert again.recorder.values == first.recorder.values and same(weights(again.model), weights(first.model))
+    assert again.recorder.values == first.recorder.values and same(weights(again.model), weights(first.model)), \
+        "stopped early is finished: the second run trains no further"
 
 
 def test_a_schedule_of_a_new_hyper_resumes(tmp_path):
     cbs = lambda: ml.ParamScheduler({'temp': ml.SchedLin(1, 0)})
     checkpointed(tmp_path, 4, 2, cbs())
-    assert len(checkpointed(tmp_path, 4, cbs=cbs()).recorder.values) == 4
+    assert len(checkpointed(tmp_path, 4, cbs=cbs()).recorder.values) == 4, \
+        "the schedule has set `temp` before the file is compared"
 
 
 class Remembers(ml.Callback):
@@ -4774,19 +4987,20 @@ def test_checkpoints_go_between_devices_with_and_without_float16(monkeypatch, tm
             warnings.simplefilter('ignore')
             return checkpointed(tmp_path, 4, stop, ml.MixedPrecision('fp16'))
     run(first, 2)
-    assert len(run(then, None).recorder.values) == 4
+    assert len(run(then, None).recorder.values) == 4, "the scaler's state is taken over only where both have one"
 
 
 def test_bfloat16_needs_no_scaler_even_where_float16_could_be(monkeypatch):
     monkeypatch.setattr(ml, 'FP16_DEVICES', {'cpu'})
     learn, types_seen = line_learner(), []
     learn.to_bf16().fit(1, cbs=ml.Callback(before_batch=lambda self: types_seen.append(self.mixed_precision.is_fp16())))
-    assert learn.mixed_precision.scaler is None and not any(types_seen)
+    assert learn.mixed_precision.scaler is None and not any(types_seen), "'bf16' has float32's range: no scaler"
 
 
 def test_gradients_are_accumulated_then_unscaled_then_clipped():
     learn = line_learner(cbs=[ml.GradientClip, ml.MixedPrecision, ml.GradientAccumulation])
-    assert learn.ordered_cbs('before_step') == [learn.gradient_accumulation, learn.mixed_precision, learn.gradient_clip]
+    assert learn.ordered_cbs('before_step') == [learn.gradient_accumulation, learn.mixed_precision, learn.gradient_clip], \
+        "the norm to clip is that of whole, unscaled gradients"
 
 
 def test_a_cancelled_backward_pass_leaves_the_scaler_nothing_to_do(monkeypatch):
@@ -4794,7 +5008,7 @@ def test_a_cancelled_backward_pass_leaves_the_scaler_nothing_to_do(monkeypatch):
     learn = fp16_learner(monkeypatch, cbs=ml.Callback(before_backward=cancel))
     before = weights(learn.model)
     learn.fit(1)
-    assert same(weights(learn.model), before)
+    assert same(weights(learn.model), before), "without gradients there is no step, and nothing to unscale"
 
 
 def test_bfloat16_instead_of_float16_depends_on_where_it_trains(monkeypatch):
@@ -4815,7 +5029,7 @@ def test_rnn_regularizer_sees_the_change_between_two_time_steps():
                    for b in (0., 1.))
     beta.model.load_state_dict(plain.model.state_dict())
     plain.fit(1), beta.fit(1)
-    assert beta.recorder.losses[0] > plain.recorder.losses[0]
+    assert beta.recorder.losses[0] > plain.recorder.losses[0], "two steps have one change, and beta makes it cost"
 
 
 def test_rnn_regularizer_lets_the_activations_go():
@@ -4866,14 +5080,15 @@ def test_what_cannot_be_shared_is_read_by_the_first_process(monkeypatch):
         learn, cb = as_one_of_two(monkeypatch, rank)
         learn.dl = batches
         cb.before_validate()
-        assert learn.dl == expected
+        assert learn.dl == expected, "the first process reads it all, the others nothing"
 
 
 def test_gather_lists_what_all_processes_have(monkeypatch):
     learn, cb = as_one_of_two(monkeypatch, 0)
     def all_gather_object(parts, o): parts[:] = [o, 'what the other has']
     monkeypatch.setattr(torch.distributed, 'all_gather_object', all_gather_object)
-    assert cb.gather('mine') == learn.gather('mine') == ['mine', 'what the other has']
+    assert cb.gather('mine') == learn.gather('mine') == ['mine', 'what the other has'], \
+        "one object of each process, by rank, and the learner asks the callback"
 
 
 def test_each_of_two_processes_trains_on_half_of_the_rows_in_a_new_order(monkeypatch):
@@ -4889,7 +5104,7 @@ def test_each_of_two_processes_trains_on_half_of_the_rows_in_a_new_order(monkeyp
     rows = set(learn.dls.train.dataset.tensors[0][:, 0].tolist())
     for epoch in (0, 1):
         assert len(orders[0, epoch]) == len(orders[1, epoch]) == 5, "equal shares of nine rows: one comes twice"
-        assert set(orders[0, epoch] + orders[1, epoch]) == rows
+        assert set(orders[0, epoch] + orders[1, epoch]) == rows, "together they train on all rows"
     assert orders[0, 0] != orders[0, 1], "set_epoch gives another order"
 
 
@@ -4904,7 +5119,7 @@ def test_without_torchrun_it_says_what_to_type():
     learn = line_learner()
     with pytest.warns(UserWarning, match='torchrun --nproc_per_node=2'):
         with learn.distrib_ctx() as same_learner:
-            assert same_learner is learn
+            assert same_learner is learn, "it yields the learner, also if there is nothing to join"
             learn.fit(1)
     assert len(learn.recorder.losses) == 4 and learn.gather(7) == [7], "the one process trains alone"
 
@@ -4915,7 +5130,7 @@ def test_several_processes_need_a_device_that_torch_can_join(monkeypatch):
     learn.dls.device = torch.device('meta')
     with pytest.raises(ValueError, match="no several processes on meta"):
         with learn.distrib_ctx(): pass
-    assert not hasattr(learn, 'distributed')
+    assert not hasattr(learn, 'distributed'), "refused before a callback was added"
 
 
 def kill_all(process):
@@ -5134,7 +5349,7 @@ def test_two_processes_equal_one_over_the_same_data(together, what):
 def test_weights_after_20_steps_agree_to_a_millionth(together):
     (_, _, [one]), (_, _, [two, _]) = together
     for a, b in zip(one['tensors'][0], two['tensors'][0]):
-        assert float((a - b).abs().max() / a.abs().max()) <= 1e-6
+        assert float((a - b).abs().max() / a.abs().max()) <= 1e-6, "averaged gradients are those of the whole batch"
 
 
 def test_all_predictions_come_once_and_in_order(together):
@@ -5142,14 +5357,16 @@ def test_all_predictions_come_once_and_in_order(together):
     x, preds, targets, losses = one['tensors'][4]
     assert len(x) == len(preds) == len(targets) == len(losses) == 37, "no padded rows"
     for results in two:
-        assert torch.equal(results['tensors'][4][0], x) and torch.equal(results['tensors'][4][2], targets)
+        assert torch.equal(results['tensors'][4][0], x) and torch.equal(results['tensors'][4][2], targets), \
+            "each process has the rows of all, in the order of the data"
 
 
 def test_a_resumed_training_in_two_processes_equals_one_that_was_not_stopped(together):
     _, (_, _, two) = together
     for results in two:
-        assert results['resumed, True'][-1] == 1 and results['resumed, False'][-1] == 2
-        assert len(results['resumed, False'][2]) == 3
+        assert results['resumed, True'][-1] == 1 and results['resumed, False'][-1] == 2, \
+            "stopped in its second epoch, it goes on to the third"
+        assert len(results['resumed, False'][2]) == 3, "its history has the epochs from before the stop, too"
         assert equal(results['resumed, False'], results['whole, False']), "to the last bit"
 
 
@@ -5177,7 +5394,8 @@ def test_each_epoch_shuffles_anew_and_covers_all_rows(together):
 def test_loaders_that_cannot_be_split_are_named(together):
     for _, _, results in together:
         for result in results:
-            assert 'DataLoader cannot be split' in result['errors'][0] and 'list cannot be split' in result['errors'][1]
+            assert 'DataLoader cannot be split' in result['errors'][0] and 'list cannot be split' in result['errors'][1], \
+                "a stream and a list cannot be shared: the error names each"
 
 
 def rows_in(folder):
@@ -5193,12 +5411,12 @@ def test_files_of_predictions_hold_each_row_once(together):
 
 def test_a_context_inside_of_itself_changes_nothing(together):
     for _, _, results in together:
-        assert [r['nested'] for r in results] == [(37, 0.)] * len(results)
+        assert [r['nested'] for r in results] == [(37, 0.)] * len(results), "the inner context shares nothing out again"
 
 
 def test_fewer_rows_than_processes_are_measured_too(together):
     (_, _, [one]), (_, _, two) = together
-    assert all(nearly(r['one row'][:2], one['one row'][:2]) for r in two)
+    assert all(nearly(r['one row'][:2], one['one row'][:2]) for r in two), "a process without a row must not count"
 
 
 def test_all_processes_end_with_the_same_running_means(together):
@@ -5241,14 +5459,15 @@ def test_demo_says_how_well_it_went(tmp_path, capsys):
     score = ml.demo(['--epochs', '1', '--out', str(tmp_path / 'new'), '--seed', '3', '--device', 'cpu'])
     last = capsys.readouterr().out.splitlines()[-1]
     file = tmp_path / 'new' / 'minilearner_demo.png'
-    assert file.read_bytes()[1:4] == b'PNG' and 0.5 < score <= 1
-    assert re.fullmatch(rf'test accuracy {score:.1%} \(published CNN: 94 %\), \d+ seconds on cpu, figure: {re.escape(str(file))}', last)
+    assert file.read_bytes()[1:4] == b'PNG' and 0.5 < score <= 1, "a PNG is drawn; one epoch is better than guessing"
+    assert re.fullmatch(rf'test accuracy {score:.1%} \(published CNN: 94 %\), \d+ seconds on cpu, figure: {re.escape(str(file))}', last), \
+        "the last line has accuracy, published accuracy, seconds, device, file"
 
 
 def test_small_cnn_has_the_documented_size():
     net = ml.small_cnn()
-    assert net(torch.randn(2, 1, 40)).shape == (2, 10)
-    assert sum(p.numel() for p in net.parameters()) == pytest.approx(24000, abs=500)
+    assert net(torch.randn(2, 1, 40)).shape == (2, 10), "ten scores, one for each class, for each signal"
+    assert sum(p.numel() for p in net.parameters()) == pytest.approx(24000, abs=500), "24,000 weights are promised"
     x, lengths = torch.randn(2, 1, 40), []
     for block in net[0]:
         x = block(x)
@@ -5272,7 +5491,8 @@ def test_demo_follows_its_arguments(monkeypatch):
     for args in (['--seed', '7'], ['--seed', '7', '--epochs', '3'], ['--seed', '8'], []):
         with pytest.raises(ZeroDivisionError):
             ml.demo([*args, '--device', 'cpu'])
-    assert [(n_epoch, lr) for n_epoch, lr, _ in seen] == [(15, 1e-2), (3, 1e-2), (15, 1e-2), (15, 1e-2)]
+    assert [(n_epoch, lr) for n_epoch, lr, _ in seen] == [(15, 1e-2), (3, 1e-2), (15, 1e-2), (15, 1e-2)], \
+        "--epochs says how many, else 15; the highest rate is always the same"
     first, again, other, default = [w for _, _, w in seen]
     assert same(first, again) and not same(first, other) and not same(first, default), "the seed decides"
 
@@ -5290,16 +5510,18 @@ def test_draw_demo_draws_all_in_one_figure(tmp_path):
                          loss_func=F.cross_entropy)
     learn.fit_one_cycle(1)
     file = ml.draw_demo(learn, tmp_path / 'a' / 'b')
-    assert file.exists() and len(plt.get_fignums()) == 1
+    assert file.exists() and len(plt.get_fignums()) == 1, "missing folders are made, and all is in a single figure"
     assert ml.draw_demo(learn, tmp_path / 'a' / 'b') == file, "again: the folder may exist"
     plt.close()
     assert plt.gcf().get_size_inches().tolist() == [11, 5.5], "it fits on a slide"
     top, bottom, *samples = plt.gcf().axes
     assert [(ax.get_xlabel(), ax.get_ylabel()) for ax in (top, bottom)] == [
-        ('batch', 'loss'), ('batch', 'learning rate')]
-    assert list(bottom.lines[0].get_ydata()) == learn.recorder.lrs and len(samples) == 9
+        ('batch', 'loss'), ('batch', 'learning rate')], "the loss above, the learning rate below, both by batch"
+    assert list(bottom.lines[0].get_ydata()) == learn.recorder.lrs and len(samples) == 9, \
+        "the rates that the Recorder kept, and nine samples"
     pred = learn.get_preds()[0].argmax(1)
-    assert [ax.get_title() for ax in samples] == [f'{p} ({t})' for p, t in zip(pred[:9], test[1])]
+    assert [ax.get_title() for ax in samples] == [f'{p} ({t})' for p, t in zip(pred[:9], test[1])], \
+        "predicted, then the true class in parentheses"
     plt.close('all')
 
 
@@ -5337,8 +5559,8 @@ def test_document_replacing_an_attribute():
         def a_changed(self, v): return ml.replacing_yield(self, 'a', v)
     a = A(42)
     with a.a_changed(32):
-        assert a.a == 32
-    assert a.a == 42
+        assert a.a == 32, "inside of the context, the new value"
+    assert a.a == 42, "after the context, the old value is back"
 
 
 @pytest.mark.parametrize('n_epoch, lr', [(6, 5e-2), (10, 0.1)])
@@ -5351,26 +5573,27 @@ def test_document_fit_lowers_the_loss(n_epoch, lr):
         return learn.loss_func(learn.model(xb), yb)
     first = loss()
     learn.fit(n_epoch)
-    assert loss() < first
+    assert loss() < first, "calling an event by hand does no harm: the fit lowers the loss"
 
 
 def test_document_create_opt_and_calling_events(capsys):
     learn = synth_learner(n_train=5, cbs=Verbose())
-    assert learn.opt is None
+    assert learn.opt is None, "an optimizer is made when it is needed, not before"
     learn.create_opt()
-    assert learn.opt.hypers[0]['lr'] == learn.lr
+    assert learn.opt.hypers[0]['lr'] == learn.lr, "a new optimizer begins with the learner's rate"
     capsys.readouterr()
     learn('after_fit')
-    assert capsys.readouterr().out == 'after_fit\n'
+    assert capsys.readouterr().out == 'after_fit\n', "calling the learner with an event reaches its callbacks, once"
 
 
 def test_document_callbacks_become_attributes():
     class TstCallback(ml.Callback):
         def batch_begin(self): self.learn.a = self.a + 1
     learn = synth_learner()
-    assert len(learn.cbs) == 1 and isinstance(learn.cbs[0], ml.TrainEvalCallback)
+    assert len(learn.cbs) == 1 and isinstance(learn.cbs[0], ml.TrainEvalCallback), "TrainEvalCallback comes by itself"
     learn = synth_learner(cbs=TstCallback())
-    assert len(learn.cbs) == 2 and isinstance(learn.tst, TstCallback) and hasattr(learn, 'train_eval')
+    assert len(learn.cbs) == 2 and isinstance(learn.tst, TstCallback) and hasattr(learn, 'train_eval'), \
+        "each callback is an attribute, under its snake-case name"
     class AddCbCallback(ml.Callback): pass
     with pytest.raises(ValueError):
         synth_learner(cbs=AddCbCallback())
@@ -5379,21 +5602,22 @@ def test_document_callbacks_become_attributes():
 def test_document_adding_and_removing_callbacks():
     learn = synth_learner()
     learn.add_cb(TestTrainEvalCallback())
-    assert learn.test_train_eval.learn is learn
-    assert repr(learn.ordered_cbs('before_fit')) == '[TrainEvalCallback, TestTrainEvalCallback]'
+    assert learn.test_train_eval.learn is learn, "a callback knows its learner, and the learner its callback"
+    assert repr(learn.ordered_cbs('before_fit')) == '[TrainEvalCallback, TestTrainEvalCallback]', \
+        "-10 comes before 0; and a callback shows as its class"
     learn.add_cbs([TestTrainEvalCallback(), TestTrainEvalCallback()])
-    assert len(learn.cbs) == 4
+    assert len(learn.cbs) == 4, "several of one class may be added, also by a list"
     cb = learn.cbs[1]
     learn.remove_cb(cb)
-    assert cb.learn is None and len(learn.cbs) == 3
+    assert cb.learn is None and len(learn.cbs) == 3, "one of several can be removed, and forgets its learner"
     learn.remove_cbs(learn.cbs[1:])
-    assert len(learn.cbs) == 1 and not getattr(learn, 'test_train_eval', None)
+    assert len(learn.cbs) == 1 and not getattr(learn, 'test_train_eval', None), "removed as a list, with its attribute"
     learn.add_cb(TestTrainEvalCallback())
     with learn.removed_cbs(learn.cbs[1]):
-        assert len(learn.cbs) == 1
-    assert len(learn.cbs) == 2
+        assert len(learn.cbs) == 1, "away as long as the context lasts"
+    assert len(learn.cbs) == 2, "back after the context"
     with learn.added_cbs(TestTrainEvalCallback()):
-        assert len(learn.cbs) == 3
+        assert len(learn.cbs) == 3, "added_cbs registers it for the context"
 
 
 def test_document_changing_batches():
@@ -5404,17 +5628,17 @@ def test_document_changing_batches():
     learn = synth_learner(cbs=TstCallback())
     x, y = learn.dls.one_batch()
     learn.one_batch(0, (x, y))
-    assert learn.x.equal(x + 1000) and learn.y.equal(y - 1000)
+    assert learn.x.equal(x + 1000) and learn.y.equal(y - 1000), "callbacks may replace inputs and targets of a batch"
 
 
 def test_document_serializing(tmp_path):
     learn = synth_learner(path=tmp_path)
     learn.fit(1)
     learn.save('tmp')
-    assert (tmp_path / 'models/tmp.pth').exists()
+    assert (tmp_path / 'models/tmp.pth').exists(), "path/models/tmp.pth is where files go"
     learn1 = synth_learner(path=tmp_path).load('tmp')
-    assert learn.a.equal(learn1.a) and learn.b.equal(learn1.b)
-    assert str(learn.opt.state_dict()) == str(learn1.opt.state_dict())
+    assert learn.a.equal(learn1.a) and learn.b.equal(learn1.b), "the weights come back; learn.a is the model's a"
+    assert str(learn.opt.state_dict()) == str(learn1.opt.state_dict()), "the optimizer is saved along, and comes back"
 
 
 def test_document_metrics_and_recorder(capsys):
@@ -5422,16 +5646,19 @@ def test_document_metrics_and_recorder(capsys):
     learn = ml.Learner(line_dls(80), Line(), F.mse_loss, metrics=tst_metric)
     with learn.no_bar():
         learn.fit(1)
-    assert re.fullmatch(r"\[\d, \d+.\d+, \d+.\d+, \d+.\d+, '\d\d:\d\d'\]\n", capsys.readouterr().out)
+    assert re.fullmatch(r"\[\d, \d+.\d+, \d+.\d+, \d+.\d+, '\d\d:\d\d'\]\n", capsys.readouterr().out), \
+        "without the bar, a row is a list: epoch, two losses, metric, time"
     with learn.no_logging():
         learn.fit(1)
-    assert capsys.readouterr().out == '' and learn.logger is print
+    assert capsys.readouterr().out == '' and learn.logger is print, "no_logging is silent, then print is back"
     res = learn.validate()
     x, y = learn.dls.valid_ds.tensors
-    assert res[0] == res[1] and res[0] == pytest.approx(F.mse_loss(learn.model(x), y).item())
+    assert res[0] == res[1] and res[0] == pytest.approx(F.mse_loss(learn.model(x), y).item()), \
+        "a metric that is the loss has its value, exact over all rows"
     preds, targs = learn.get_preds()
-    assert targs.equal(y) and torch.allclose(preds, learn.model(x))
-    assert torch.allclose(learn.get_preds(act=torch.sigmoid)[0], torch.sigmoid(learn.model(x)))
+    assert targs.equal(y) and torch.allclose(preds, learn.model(x)), "predictions and targets, in order of the data"
+    assert torch.allclose(learn.get_preds(act=torch.sigmoid)[0], torch.sigmoid(learn.model(x))), \
+        "act= is what the predictions go through"
 
 
 def test_document_predict_decodes_step_by_step():
@@ -5449,13 +5676,13 @@ def test_document_predict_decodes_step_by_step():
     dec = 2 * out
     full_dec = dec - 1
     for got, expected in zip(learn.predict(inp), (full_dec, dec, out)):
-        assert torch.allclose(got, expected)
-    assert len(learn.predict(inp)) == 3
-    assert learn.predict(inp, with_input=True)[0].equal(inp)
+        assert torch.allclose(got, expected), "for a person, decoded, activated: in this order"
+    assert len(learn.predict(inp)) == 3, "three results, unless the input is wanted as well"
+    assert learn.predict(inp, with_input=True)[0].equal(inp), "with_input=True puts the input first"
 
 
 def test_document_gather_args():
-    assert synth_learner(lr=1e-2).init_args['Learner.__init__.lr'] == 0.01
+    assert synth_learner(lr=1e-2).init_args['Learner.__init__.lr'] == 0.01, "init_args tells how the learner was made"
 
 
 def test_document_chapter_16_trains_with_every_optimizer():
@@ -5478,8 +5705,8 @@ def test_document_chapter_16_trains_with_every_optimizer():
         learn = get_learner(opt_func=opt_func)
         before = learn.validate()[0]
         learn.fit_one_cycle(3, lr)
-        assert learn.final_record[1] < before
-        assert 'lr' in learn.recorder.hps
+        assert learn.final_record[1] < before, "step functions of chapter 16 train, under a schedule as well"
+        assert 'lr' in learn.recorder.hps, "the Recorder keeps what a schedule has set"
     learn.recorder.plot_sched()
     __import__('matplotlib.pyplot').pyplot.close('all')
 
@@ -5536,7 +5763,8 @@ def test_whatever_interrupts_anything_anywhere_leaves_a_learner_as_good_as_new(w
         except BaseException as e:
             known = e is raiser.error
             assert known or way == 'lr_find' and 'fewer than two times' in str(e), "an error keeps its identity"
-            assert not known or f'raised by the callback RaiseAt in {event}' in e.__notes__
+            assert not known or f'raised by the callback RaiseAt in {event}' in e.__notes__, \
+                "the traceback names the callback and the event"
         raiser.error.__traceback__ = None      # it holds the frames, and these the graph
         what = f"{make_error.__name__} at {event} in {way}"
         assert learn.cbs == before[0] and all(cb.learn is learn for cb in learn.cbs), what
@@ -5622,7 +5850,7 @@ def test_200_spoilt_files_run_no_code_and_change_nothing(tmp_path):
         assert same(weights(learn.model), now[0]) and equal(learn.opt.state_dict(), now[1]), what
         assert not (tmp_path / 'was-here').exists(), f"{what}: code of the file was run"
     print(f'{refused} of {n} files were refused; in the others the harm was in no data')
-    assert refused >= 200
+    assert refused >= 200, "nearly all harm is noticed: at least 200 files are refused"
 
 
 def in_a_fork(f):
@@ -5673,7 +5901,7 @@ def test_a_full_disk_or_a_read_only_folder_leave_the_previous_file(tmp_path, har
             assert file.read_bytes() == before, "the previous file has changed"
         assert os.listdir(file.parent) == [file.name], "nothing half-written is left"
         ml.load_model(file, model, None)
-    assert in_a_fork(save_all) == ''
+    assert in_a_fork(save_all) == '', "a failed save did harm: the child's traceback says which"
 
 
 class Look(ml.Callback):
@@ -5731,9 +5959,11 @@ def test_losses_and_metrics_equal_one_pass_over_the_full_set():
         whole = [F.mse_loss(pred, y), F.l1_loss(pred, y), ((pred - y) ** 4).mean()]
     names = learn.recorder.metric_names[1:-1]
     row = dict(zip(names, learn.final_record))
-    assert [row[k] for k in names if k.startswith('valid')] == pytest.approx([float(v) for v in whole], rel=1e-5)
-    assert [row[k] for k in names if k.startswith('train')][1:] == pytest.approx([float(v) for v in whole[1:]], rel=1e-5)
-    assert learn.validate() == pytest.approx([float(v) for v in whole], rel=1e-5)
+    assert [row[k] for k in names if k.startswith('valid')] == pytest.approx([float(v) for v in whole], rel=1e-5), \
+        "validation is exact: the smaller last batch weighs less"
+    assert [row[k] for k in names if k.startswith('train')][1:] == pytest.approx([float(v) for v in whole[1:]], rel=1e-5), \
+        "in a training pass, too, metrics are exact over all rows"
+    assert learn.validate() == pytest.approx([float(v) for v in whole], rel=1e-5), "validate() averages over rows, too"
 
 
 def test_two_runs_with_the_same_seed_are_bit_identical():
@@ -5747,7 +5977,7 @@ def test_two_runs_with_the_same_seed_are_bit_identical():
         learn.fit_one_cycle(2, 1e-2)
         return weights(learn.model), learn.recorder.values
     first, second = run(), run()
-    assert same(first[0], second[0]) and first[1] == second[1]
+    assert same(first[0], second[0]) and first[1] == second[1], "on a CPU, the seed decides all, dropout included"
 
 
 # =============================================================================================
@@ -5761,12 +5991,12 @@ def test_orders_stay_as_they_are():
               ml.Callback: 0, ml.GradientClip: 0, ml.Recorder: 50, ml.GatherMetricsCallback: 50, ml.GatherPredsCallback: 50,
               ml.ProgressCallback: 55, ml.TrackerCallback: 60, ml.ParamScheduler: 60, ml.LRFinder: 60,
               ml.SaveModelCallback: 60, ml.EarlyStoppingCallback: 61, ml.DistributedCallback: 90, ml.CheckpointCallback: math.inf}
-    assert {cb: cb.order for cb in orders} == orders
+    assert {cb: cb.order for cb in orders} == orders, "users place callbacks between these: they may not move"
 
 
 def test_examples_in_docstrings_are_true():
     result = doctest.testmod(ml)
-    assert result.failed == 0 and result.attempted >= 5
+    assert result.failed == 0 and result.attempted >= 5, "what a docstring shows is what really comes out"
 
 
 def test_import_brings_nothing_but_torch():
@@ -5781,7 +6011,8 @@ BANNER = re.compile(r'^# -{80,}\n# (\d+)\. [^\n:]+: [^\n]+\n# +Needs: [^\n]+ Tes
 
 
 def test_banners_have_one_form():
-    assert len(BANNER.findall(SOURCE)) == len(re.findall(r'^# \d+\. ', SOURCE, re.M)) >= 11
+    assert len(BANNER.findall(SOURCE)) == len(re.findall(r'^# \d+\. ', SOURCE, re.M)) >= 11, \
+        "each numbered section has a banner that says its needs and its lesson"
 
 
 @pytest.mark.parametrize('i', range(len(BANNER.findall(SOURCE))))
@@ -5816,7 +6047,7 @@ def test_readme_shows_what_its_example_really_prints():
     with contextlib.redirect_stdout(out):
         exec(compile(code, 'README.md', 'exec'), {})
     shown, got = output.splitlines(), out.getvalue().splitlines()
-    assert got[0] == shown[0] and len(got) == len(shown) == 4
+    assert got[0] == shown[0] and len(got) == len(shown) == 4, "the README shows the columns and rows really printed"
     for a, b in zip(shown[1:], got[1:]):
         assert len(a) == len(b) and [float(v) for v in a.split()[:-1]] == pytest.approx(
             [float(v) for v in b.split()[:-1]], abs=0.05), "processors differ, but not by much"
@@ -5826,12 +6057,12 @@ def test_readme_snippets_run():
     learn = line_learner()
     for code in [c for c in re.findall(r'```python\n(.*?)```', README, re.S)[1:] if 'distrib_ctx' not in c]:
         exec(__import__('textwrap').dedent(code), {'ml': ml, 'nn': nn, 'learn': learn})
-    assert len(learn.recorder.losses) == 4
+    assert len(learn.recorder.losses) == 4, "the README's snippet trains: one epoch of four batches"
 
 
 def readme_script():
     script, = [c for c in re.findall(r'```python\n(.*?)```', README, re.S) if 'distrib_ctx' in c]
-    assert len(script.splitlines()) <= 15
+    assert len(script.splitlines()) <= 15, "to train in many processes takes a short script"
     return script.replace('fit_one_cycle(5', 'fit_one_cycle(1')
 
 
@@ -5839,14 +6070,15 @@ def test_readme_script_runs_on_a_laptop(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.warns(UserWarning, match='one process trains alone'):
         exec(readme_script(), {})
-    assert len(capsys.readouterr().out.splitlines()) == 2 and (tmp_path / 'models' / 'run.pth').exists()
+    assert len(capsys.readouterr().out.splitlines()) == 2 and (tmp_path / 'models' / 'run.pth').exists(), \
+        "a header, a row, and a checkpoint to go on from"
 
 
 def test_readme_script_runs_in_several_processes(tmp_path):
     done = outcome(torchrun(2, tmp_path, readme_script()))
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 2 and (tmp_path / 'models' / 'run.pth').exists(), done.stdout
-    assert 'trains alone' not in done.stderr
+    assert 'trains alone' not in done.stderr, "torchrun has started it: no process may train alone"
 
 
 TUTORIAL = HERE / 'tutorial.ipynb'
@@ -5870,7 +6102,8 @@ def test_tutorial_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
                 exec(compile(answer, f'an answer in cell {i} of tutorial.ipynb', 'exec'), dict(variables))
                 n_answers += 1
     assert n_answers >= 10, "whoever copies an answer sees it run"
-    assert 'the same bits as the training that was never killed: True' in capsys.readouterr().out
+    assert 'the same bits as the training that was never killed: True' in capsys.readouterr().out, \
+        "the tutorial shows it: killed and resumed, it ends with the same bits"
     plt.close('all')
 
 
@@ -5879,10 +6112,11 @@ def test_tutorial_is_stored_with_what_it_shows():
     outputs = [output for cell in cells for output in cell['outputs']]
     assert all(cell['execution_count'] for cell in cells), "each cell was run"
     assert [cell['execution_count'] for cell in cells] == sorted(cell['execution_count'] for cell in cells), "in order"
-    assert not [output for output in outputs if output['output_type'] == 'error' or output.get('name') == 'stderr']
+    assert not [output for output in outputs if output['output_type'] == 'error' or output.get('name') == 'stderr'], \
+        "no error and no warning is stored in it"
     assert sum('image/png' in output.get('data', {}) for output in outputs) >= 10, "with its plots"
     text = ''.join(''.join(cell['source']) for cell in tutorial_cells())
-    assert text.count('**Exercise ') >= 15 and text.count('<summary>Answer') >= 15
+    assert text.count('**Exercise ') >= 15 and text.count('<summary>Answer') >= 15, "enough to do, answers folded away"
     assert not re.search(r'/(home|root|tmp|work)/', TUTORIAL.read_text(encoding='utf-8')), "no path of somebody's machine"
 
 
@@ -5904,7 +6138,7 @@ def test_methods_and_functions_agree_about_arguments_and_defaults():
             args = ast.parse(f'def {head.replace("(", "(self, ", 1)}): pass').body[0].args
         assert tail(args) == tail(function.args), f"Learner.{method.name} and {method.name} differ"
         n += 1
-    assert n >= 9
+    assert n >= 9, "the comparison has found the methods that hand over"
 
 
 def test_an_argument_has_one_default_in_a_family():
@@ -5924,9 +6158,12 @@ def test_an_argument_has_one_default_in_a_family():
 
 def test_mnist1d_is_the_same_data_as_ever():
     (x, y), (xt, yt) = ml.mnist1d(50, seed=0)
-    assert y[:10].tolist() == [4, 9, 7, 6, 7, 9, 1, 7, 3, 0] and yt.tolist() == [8, 2, 5, 0, 0, 5, 4, 3, 5, 6]
-    assert x[0, 0, ::5].tolist() == pytest.approx([-0.137, -1.101, 0.089, 0.8, -1.671, -0.581, 0.46, 0.382], abs=2e-3)
-    assert xt[-1, 0, ::5].tolist() == pytest.approx([-0.976, 0.027, 0.442, -0.244, -2.73, -0.346, 0.472, 1.303], abs=2e-3)
+    assert y[:10].tolist() == [4, 9, 7, 6, 7, 9, 1, 7, 3, 0] and yt.tolist() == [8, 2, 5, 0, 0, 5, 4, 3, 5, 6], \
+        "the classes, and their order, follow from the seed alone"
+    assert x[0, 0, ::5].tolist() == pytest.approx([-0.137, -1.101, 0.089, 0.8, -1.671, -0.581, 0.46, 0.382], abs=2e-3), \
+        "the first training signal is what it always was"
+    assert xt[-1, 0, ::5].tolist() == pytest.approx([-0.976, 0.027, 0.442, -0.244, -2.73, -0.346, 0.472, 1.303], abs=2e-3), \
+        "the last signal of the test set, too, stays what it was"
     assert x.abs().mean().item() == pytest.approx(0.7357, abs=1e-3), "else results are no longer comparable"
 
 
@@ -6270,8 +6507,8 @@ if not IS_HANDOUT:
         names = [name for one in TO_SOLVE for name in one.exercises]
         assert len(set(names)) == len(names) >= 60 and len(TO_SOLVE) >= 12, "each exercise in one lesson"
         blanked = blank(SOURCE, TO_SOLVE)
-        assert without_bodies(blanked, names) == without_bodies(SOURCE, names)
-        assert len(BLANK.findall(blanked)) >= len(names)
+        assert without_bodies(blanked, names) == without_bodies(SOURCE, names), "all code outside of the bodies stays"
+        assert len(BLANK.findall(blanked)) >= len(names), "each exercise is blank in a handout"
         exec(compile(blanked, 'blank', 'exec'), {'__name__': 'blank'})      # no blank is called on import
         docs = [[ast.get_docstring(node) for _, node in functions(ast.parse(s))] for s in (blanked, SOURCE)]
         assert docs[0] == docs[1], "the docstrings stay"
@@ -6317,8 +6554,8 @@ if not IS_HANDOUT:
     def test_handouts_go_only_where_they_disturb_nothing(tmp_path):
         (tmp_path / 'notes.txt').write_text('mine')
         assert 'not empty' in handout(tmp_path), "nothing is overwritten"
-        assert 'inside of the repository' in handout(HERE / 'exercise')
-        assert 'no lesson 99' in handout(tmp_path / 'new', '99')
+        assert 'inside of the repository' in handout(HERE / 'exercise'), "its tests would disturb the repository's"
+        assert 'no lesson 99' in handout(tmp_path / 'new', '99'), "a lesson that there is not is named, not passed over"
         assert [file.name for file in tmp_path.iterdir()] == ['notes.txt'], "a refusal leaves nothing behind"
 
 
