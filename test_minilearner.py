@@ -702,6 +702,10 @@ def test_samples_are_drawn_without_ticks():
     plt.close('all')
 
 
+def test_the_usual_batch_has_64_rows():
+    assert len(next(iter(ml.TensorLoader(torch.zeros(100))))[0]) == 64, "as the docstring says"
+
+
 # =============================================================================================
 lesson("Optimizer", "sgd_step weight_decay l2_reg average_grad average_sqr_grad momentum_step "
        "rms_prop_step step_stat debias adam_step Optimizer.__init__ Optimizer.param_groups "
@@ -1309,6 +1313,13 @@ def test_l2_adds_any_decay_to_the_gradient(wd):
     p.grad = torch.tensor([1.])
     ml.l2_reg(p, lr=0.1, wd=wd)
     assert p.grad.item() == 1 + 2 * wd and p.item() == 2, "grad += wd * p, also for wd=1; p itself waits for the step"
+
+
+def test_a_state_may_lack_what_a_fit_adds():
+    trained, fresh = (ml.Optimizer([param()], ml.sgd_step, lr=0.1) for _ in range(2))
+    trained.set_hypers(mom=0.9, wd=0.1)     # as fit_one_cycle and fit(wd=) do
+    fresh.load_state_dict(trained.state_dict())
+    assert fresh.hypers == [{'lr': 0.1, 'mom': 0.9, 'wd': 0.1}], "mom and wd come in by training: they are no misfit"
 
 
 # =============================================================================================
@@ -2029,9 +2040,11 @@ def test_removed_callbacks_come_back_to_their_places():
 
 def test_no_bar_takes_the_callback_named_progress_away():
     learn = line_learner(cbs=Progress)
+    others = [cb for cb in learn.cbs if cb.name != 'progress']
     for context in (learn.no_bar, learn.no_mbar):
         with context():
             assert not hasattr(learn, 'progress'), "no bar, no table"
+            assert learn.cbs == others, "all others stay"
         assert hasattr(learn, 'progress'), "after the context, the callback is back"
 
 
@@ -2167,6 +2180,34 @@ def test_a_rate_for_each_group_goes_to_the_new_optimizer():
     learn.create_opt()
     assert [h['lr'] for h in learn.opt.hypers] == pytest.approx([1e-3, 1e-1]), \
         "an opt_func takes one number as lr; the spread over groups is set afterwards"
+
+
+@pytest.mark.parametrize('bad', [dict(n_epoch=-1), dict(n_epoch=1, start_epoch=2), dict(n_epoch=1, start_epoch=-1)])
+def test_fit_checks_its_epochs_before_it_begins(bad):
+    learn = line_learner()
+    with pytest.raises(ValueError, match='whole numbers'):
+        learn.fit(**bad)
+    assert same(weights(learn.model), weights(Line())) and learn.opt is None, "nothing was begun"
+
+
+def test_a_new_model_gets_a_new_optimizer():
+    learn = line_learner()
+    learn.fit(1)
+    first, learn.model = learn.opt, Line()
+    learn.fit(1)
+    assert learn.opt is not first and learn.model.a.item() != 0.5, "the old one would train parameters nobody uses"
+
+
+def test_freezing_forgets_the_memory_of_the_optimizer():
+    learn = line_learner(splitter=lambda model: [[model.a], [model.b]])
+    learn.fit(1)
+    assert 'grad_avg' in learn.opt.state[learn.model.b], "Adam remembers its gradients"
+    learn.freeze_to(1)
+    assert 'grad_avg' not in learn.opt.state[learn.model.b], "another training begins: without momentum of the last one"
+
+
+def test_the_momentum_of_one_cycle_has_its_documented_default():
+    assert line_learner().moms == (0.95, 0.85, 0.95), "down while the rate goes up, and back"
 
 
 # =============================================================================================
@@ -2886,6 +2927,34 @@ def test_an_epoch_that_an_error_ends_makes_no_row_of_the_rest():
     assert [row[0] for row in rows] == [0, 1] and rows[1][2] is None, "history so far: the training pass was complete"
 
 
+def test_the_rate_of_the_last_group_is_recorded():
+    learn = line_learner(splitter=lambda model: [[model.a], [model.b]])
+    learn.fit(1, lr=slice(1e-3, 1e-1))
+    assert learn.recorder.lrs == pytest.approx([1e-1] * 4), "the last group is the head, which trains fastest"
+
+
+def test_no_bar_where_somebody_else_shows_the_rows(monkeypatch):
+    clock, learn, out = iter(range(10**6)), line_learner(), Terminal()
+    monkeypatch.setattr(ml.time, 'perf_counter', lambda: next(clock) * 1.)
+    with contextlib.redirect_stdout(out):
+        learn.fit(1)
+    assert out.getvalue() == '', "the logger is not print: also on a terminal nothing is drawn"
+
+
+def test_the_epoch_stands_in_five_places():
+    titles, row = printed(line_learner(), 1).splitlines()
+    assert titles.startswith('epoch  train_loss') and row.startswith('    0  '), "no wider than its title"
+
+
+def test_marks_of_epochs_lie_behind_the_curves():
+    import matplotlib.pyplot as plt
+    learn = line_learner()
+    learn.fit(2)
+    curve, _, *marks = learn.recorder.plot_loss(show_epochs=True).lines
+    assert len(marks) == 2 and all(mark.get_zorder() < curve.get_zorder() for mark in marks), "they must not hide it"
+    plt.close('all')
+
+
 # =============================================================================================
 lesson("Schedules", "anneal sched_lin sched_poly sched_no sched_exp sched_cos SchedPoly combine_scheds "
        "combined_cos ParamScheduler.before_fit ParamScheduler.before_batch "
@@ -3496,6 +3565,18 @@ def test_bad_input_is_refused_before_anything_changes():
         line_learner(ml.DataLoaders([{'x': 1}], device='cpu')).fit(1)
 
 
+def test_a_suggestion_is_marked_on_the_curve():
+    import matplotlib.pyplot as plt
+    learn = line_learner()
+    found = learn.lr_find(num_it=40, show_plot=False)
+    curve, *marks = learn.recorder.plot_lr_find(suggestions=found).lines
+    on_curve = dict(zip(curve.get_xdata(), curve.get_ydata()))
+    for lr, mark in zip(found, marks):
+        nearest = min(on_curve, key=lambda x: abs(x - lr))
+        assert mark.get_xdata()[0] == lr and mark.get_ydata()[0] == on_curve[nearest], "at the loss of the nearest rate"
+    plt.close('all')
+
+
 # =============================================================================================
 lesson("Inference", "validation_context run_validation ordered_loader GatherMetricsCallback.after_batch "
        "validate GatherPredsCallback.before_validate GatherPredsCallback.after_batch "
@@ -3886,6 +3967,28 @@ def test_cancelled_batches_are_not_measured():
     assert loss == pytest.approx(float(F.mse_loss(learn.model(x), y))), "16 rows were left out, 8 remain"
 
 
+def test_a_loss_of_several_numbers_a_row_is_one_number_a_row():
+    x, y = torch.randn(8, 1), torch.randn(8, 3)
+    learn = line_learner(ml.DataLoaders([], [(x[:5], y[:5]), (x[5:], y[5:])], device='cpu'), nn.Linear(1, 3))
+    preds, _, losses = learn.get_preds(with_loss=True)
+    assert torch.allclose(losses, (preds - y).pow(2).mean(1)), "the mean over all but the rows"
+
+
+def test_tta_takes_the_largest_of_all_passes():
+    learn, steps = line_learner(), iter([0., 2., -1., 0.5])
+    x, y = line_data(4)
+    preds, _ = learn.tta(dl=[(x, y)], batch_tfms=lambda xb: xb + next(steps), use_max=True, beta=None)
+    assert torch.allclose(preds, learn.model(x + 2.)), "the line rises: the largest shift gives the largest prediction"
+    steps = iter([0., 2., -1., 0.6])
+    preds, _ = learn.tta(dl=[(x, y)], batch_tfms=lambda xb: xb + next(steps), beta=None)
+    assert torch.allclose(preds, learn.model(x + 0.4)), "else their mean"
+
+
+def test_validate_as_a_function():
+    learn = line_learner()
+    assert ml.validate(learn) == learn.validate() != learn.validate(0), "the validation loader by default"
+
+
 # =============================================================================================
 lesson("Saving", "bare_model bare_state save_model save_state load_state load_model put_weights "
        "check_weights export check_picklable load_learner "
@@ -4184,6 +4287,7 @@ def test_export_names_what_cannot_be_pickled(tmp_path):
     assert learn.dls.train_ds is not None and not list(tmp_path.iterdir()), "a failed export: data back, no file left"
     class Tst(ml.Callback):
         def __init__(self): self.f = lambda: 1
+        def after_create(self): "So that the learner lists it among the handlers, too."
     learn = line_learner(line_dls(path=tmp_path), cbs=Tst())
     learn.logger = print
     with pytest.raises(ValueError, match='cannot export f=.*of the Tst: '):
@@ -4206,6 +4310,15 @@ def test_the_device_of_load_is_where_the_file_is_read_to(tmp_path):
     ml.save_model(tmp_path / 'm.pth', nn.Linear(2, 2), None)
     with pytest.raises(ValueError, match='strided on meta'):
         ml.load_model(tmp_path / 'm.pth', nn.Linear(2, 2), None, device='meta')
+
+
+def test_a_file_may_hold_more_than_model_and_optimizer(tmp_path):
+    learn = line_learner(path=tmp_path)
+    learn.fit(1)
+    state = torch.load(learn.save('m'))
+    torch.save({**state, 'epoch': 7}, tmp_path / 'more.pth')
+    other = line_learner().load(tmp_path / 'more.pth')
+    assert same(weights(other.model), weights(learn.model)), "what somebody added is passed over"
 
 
 # =============================================================================================
@@ -5099,13 +5212,23 @@ def test_rnn_regularizer_takes_the_last_layer():
     class TwoLayers(TinyRNN):
         def forward(self, x):
             pred, [h], _ = super().forward(x)
-            return pred, [h * 5, h], [h * 7, h]
+            return pred, [h * 5, h], [h * 7, h], 'something more'
     x, y = torch.randn(4, 5, 2), torch.ones(4, 1)
     one, two = (line_learner(ml.DataLoaders([(x, y)], device='cpu'), model, cbs=ml.RNNRegularizer(2., 3.))
                 for model in (TinyRNN(), TwoLayers()))
     two.model.load_state_dict(one.model.state_dict())
     one.fit(1), two.fit(1)
     assert torch.equal(one.recorder.losses[0], two.recorder.losses[0]), "of several layers, the last one's activations count"
+
+
+def test_accumulation_passes_over_what_has_no_gradient():
+    class Spare(Line):
+        def __init__(self):
+            super().__init__()
+            self.unused = nn.Parameter(torch.ones(2))
+    learn = line_learner(model=Spare(), cbs=ml.GradientAccumulation(32))
+    learn.fit(1)
+    assert learn.model.unused.tolist() == [1, 1] and learn.model.a.item() != 0.5, "a part that the loss does not reach stays"
 
 
 # =============================================================================================
