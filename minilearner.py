@@ -2911,7 +2911,7 @@ class SaveModelCallback(TrackerCallback):
         if self.at_end:
             self.learn.save(self.fname, self.with_opt)
         elif self.saved:
-            self.learn.load(self.fname, with_opt=self.with_opt)
+            self.learn.load(self.fname)
 
 class CheckpointCallback(Callback):
     """Saves a training after its epochs; if the file is there, a fit goes on from it.

@@ -241,10 +241,11 @@ class Modes(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.lin, self.modes = nn.Linear(1, 1), []
+        self.lin, self.modes, self.graphs = nn.Linear(1, 1), [], []
 
     def forward(self, x):
         self.modes.append('train' if self.training else 'eval')
+        self.graphs.append(torch.is_grad_enabled())
         return self.lin(x)
 
 
@@ -252,6 +253,7 @@ def test_plain_loop_puts_the_model_into_the_right_mode_each_time():
     model, batch = Modes(), line_data(4)
     ml.fit_plain(model, [batch, batch], [batch], F.mse_loss, torch.optim.SGD(model.parameters(), 0.1), 2)
     assert model.modes == ['train', 'train', 'eval'] * 2, "dropout and batch norm work in another way in each"
+    assert model.graphs == [True, True, False] * 2, "without no_grad, validation would keep a graph for nothing"
 
 
 # =============================================================================================
@@ -704,6 +706,17 @@ def test_samples_are_drawn_without_ticks():
 
 def test_the_usual_batch_has_64_rows():
     assert len(next(iter(ml.TensorLoader(torch.zeros(100))))[0]) == 64, "as the docstring says"
+
+
+def test_a_tensor_loader_counts_its_last_batch():
+    for n, drop_last, batches in ((4, False, 2), (5, False, 3), (5, True, 2), (1, False, 1), (0, False, 0)):
+        dl = ml.TensorLoader(torch.zeros(n), bs=2, drop_last=drop_last)
+        assert len(dl) == len(list(dl)) == batches, "a rest of one row is a batch, too, unless it is dropped"
+
+
+def test_from_tensors_moves_the_rows_at_once():
+    dls = ml.DataLoaders.from_tensors(*line_data(8), valid_pct=0, device='meta')
+    assert dls.device.type == 'meta' and dls.train_ds.tensors[0].device.type == 'meta', "to the device that was asked for"
 
 
 # =============================================================================================
@@ -1460,6 +1473,22 @@ def test_a_callback_alone_names_what_it_lacks():
         ml.Callback().loss
 
 
+def test_a_call_runs_the_method_of_that_name():
+    class Tst(ml.Callback):
+        def before_fit(self): return 'class'
+    cb = Tst(before_epoch=lambda self: 'instance')
+    assert (cb('before_fit'), cb('before_epoch'), cb('after_fit')) == ('class', 'instance', None), \
+        "of the class or of the object; None if there is none"
+    assert cb.defines('before_fit') and cb.defines('before_epoch') and not cb.defines('after_fit'), "as `defines` says"
+
+
+def test_python_questions_are_not_passed_on_to_the_learner():
+    cb = ml.Callback()
+    cb.learn = types.SimpleNamespace(__len__=3, _own=4)
+    assert not hasattr(cb, '__len__') and cb._own == 4, \
+        "names that begin with two underscores are Python's: copy and pickle ask for some of them"
+
+
 # =============================================================================================
 lesson("Learner", "TrainEvalCallback.before_fit TrainEvalCallback.before_train "
        "TrainEvalCallback.before_validate TrainEvalCallback.after_batch Learner.__init__ Learner.fit "
@@ -2182,7 +2211,7 @@ def test_a_rate_for_each_group_goes_to_the_new_optimizer():
         "an opt_func takes one number as lr; the spread over groups is set afterwards"
 
 
-@pytest.mark.parametrize('bad', [dict(n_epoch=-1), dict(n_epoch=1, start_epoch=2), dict(n_epoch=1, start_epoch=-1)])
+@pytest.mark.parametrize('bad', [dict(n_epoch=-1), dict(n_epoch=1.5), dict(n_epoch=1, start_epoch=2), dict(n_epoch=1, start_epoch=-1)])
 def test_fit_checks_its_epochs_before_it_begins(bad):
     learn = line_learner()
     with pytest.raises(ValueError, match='whole numbers'):
@@ -2208,6 +2237,11 @@ def test_freezing_forgets_the_memory_of_the_optimizer():
 
 def test_the_momentum_of_one_cycle_has_its_documented_default():
     assert line_learner().moms == (0.95, 0.85, 0.95), "down while the rate goes up, and back"
+
+
+def test_python_questions_are_not_passed_on_to_the_model():
+    learn = line_learner(model=nn.Sequential(nn.Linear(1, 1)))
+    assert not hasattr(learn, '__len__') and len(learn.model) == 1, "a Learner has no length, even if its model has"
 
 
 # =============================================================================================
@@ -2953,6 +2987,18 @@ def test_marks_of_epochs_lie_behind_the_curves():
     curve, _, *marks = learn.recorder.plot_loss(show_epochs=True).lines
     assert len(marks) == 2 and all(mark.get_zorder() < curve.get_zorder() for mark in marks), "they must not hide it"
     plt.close('all')
+
+
+def test_plot_loss_without_validation_set():
+    import matplotlib.pyplot as plt
+    learn = line_learner(ml.DataLoaders([line_data(4)] * 8, device='cpu'))
+    learn.fit(1)
+    assert len(learn.recorder.plot_loss().lines) == 1, "with_valid draws a validation loss if there is one"
+    plt.close('all')
+
+
+def test_a_cell_is_one_line():
+    assert ml.format_cell(torch.tensor([[1, 2], [3, 4]]), 30).strip() == 'tensor([[1, 2], [3, 4]])', "line breaks are blanks"
 
 
 # =============================================================================================
@@ -4321,6 +4367,16 @@ def test_a_file_may_hold_more_than_model_and_optimizer(tmp_path):
     assert same(weights(other.model), weights(learn.model)), "what somebody added is passed over"
 
 
+def test_a_number_in_place_of_a_tensor_is_named(tmp_path):
+    torch.save({'a': 1.5, 'b': torch.ones(())}, tmp_path / 'm.pth')
+    with pytest.raises(ValueError, match=r'm.pth does not fit the model: a is float, not \[\]$'):
+        ml.load_model(tmp_path / 'm.pth', Line(), None)
+
+
+def test_export_as_a_function_has_the_same_name(tmp_path):
+    assert ml.export(line_learner(path=tmp_path, loss_func=F.mse_loss)) == tmp_path / 'export.pkl', "by default"
+
+
 # =============================================================================================
 lesson("A shelf of callbacks", "TerminateOnNaNCallback.after_loss TrackerCallback.before_fit "
        "TrackerCallback.after_epoch EarlyStoppingCallback.before_fit "
@@ -5231,6 +5287,20 @@ def test_accumulation_passes_over_what_has_no_gradient():
     assert learn.model.unused.tolist() == [1, 1] and learn.model.a.item() != 0.5, "a part that the loss does not reach stays"
 
 
+def test_a_flush_without_its_step_leaves_the_pass_complete():
+    class NoLength:
+        def __iter__(self): return iter([line_data(4)] * 3)
+    flushed = []
+    def before_step(self):
+        if self.gradient_accumulation.flushing:
+            flushed.append(True)
+            raise ml.CancelStepException
+    learn = line_learner(ml.DataLoaders(NoLength(), device='cpu'),
+                         cbs=[ml.GradientAccumulation(8), ml.Callback(before_step=before_step)])
+    learn.fit(1)
+    assert flushed == [True] and learn.final_record[0] is not None, "the step was skipped, not the epoch: it has its row"
+
+
 # =============================================================================================
 lesson("Many processes", "DistributedCallback.before_fit DistributedCallback.before_train "
        "DistributedCallback.before_validate DistributedCallback.gather distrib_ctx",
@@ -5654,6 +5724,7 @@ def test_demo_says_how_well_it_went(tmp_path, capsys):
     assert file.read_bytes()[1:4] == b'PNG' and 0.5 < score <= 1, "a PNG is drawn; one epoch is better than guessing"
     assert re.fullmatch(rf'test accuracy {score:.1%} \(published CNN: 94 %\), \d+ seconds on cpu, figure: {re.escape(str(file))}', last), \
         "the last line has accuracy, published accuracy, seconds, device, file"
+    assert int(re.search(r'(\d+) seconds', last)[1]) < 600, "since the demo began, not since the machine did"
 
 
 def test_small_cnn_has_the_documented_size():
