@@ -481,6 +481,10 @@ def test_a_loader_may_detach_in_its_own_way():
     assert calls == [('batch', True, True), ('batch', False, False)], "cpu and gather are handed on, True by default"
 
 
+def test_an_empty_batch_has_size_1():
+    assert ml.find_bs(()) == ml.find_bs([]) == ml.find_bs({}) == 1, "nothing in it has a shape"
+
+
 # =============================================================================================
 lesson("Data", "TensorLoader.__init__ TensorLoader.__len__ TensorLoader.__iter__ "
        "DataLoaders.__init__ DataLoaders.from_tensors DataLoaders.from_dsets "
@@ -1489,6 +1493,13 @@ def test_python_questions_are_not_passed_on_to_the_learner():
         "names that begin with two underscores are Python's: copy and pickle ask for some of them"
 
 
+def test_a_callback_may_run_before_its_own_kind():
+    class First(ml.Callback):
+        run_before = ml.Callback
+    a, b = ml.Callback(), First()
+    assert ml.sort_callbacks([a, b]) == [b, a], "before all others: itself, which is of that kind, too, is no other"
+
+
 # =============================================================================================
 lesson("Learner", "TrainEvalCallback.before_fit TrainEvalCallback.before_train "
        "TrainEvalCallback.before_validate TrainEvalCallback.after_batch Learner.__init__ Learner.fit "
@@ -2244,6 +2255,31 @@ def test_python_questions_are_not_passed_on_to_the_model():
     assert not hasattr(learn, '__len__') and len(learn.model) == 1, "a Learner has no length, even if its model has"
 
 
+def test_what_trains_in_many_processes_does_not_validate():
+    learn = line_learner()
+    learn.parallel = lambda xb: pytest.fail("the wrapper is for training")
+    learn.one_batch(0, line_data(4))
+    assert learn.pred.shape == (4, 1), "it is the model that predicts outside of training"
+
+
+def test_an_error_leaves_nothing_completed():
+    seen = []
+    def note(self): seen.append(self.completed)
+    class Fails(Line):
+        def forward(self, x):
+            if self.training: return super().forward(x)
+            raise ZeroDivisionError
+    learn = line_learner(model=Fails(), cbs=ml.Callback(after_train=note, after_validate=note, after_epoch=note, after_fit=note))
+    with pytest.raises(ZeroDivisionError):
+        learn.fit(1)
+    assert seen == [True, False, False, False], "training came to its end; validation, epoch and fit did not"
+
+
+def test_a_loss_function_is_one():
+    with pytest.raises(ValueError, match='loss_func=3: give, say,'):
+        ml.Learner(line_dls(), Line(), 3)
+
+
 # =============================================================================================
 lesson("Metrics", "AvgMetric.reset AvgMetric.accumulate AvgMetric.batch_value "
        "AvgLoss.batch_value AvgSmoothLoss.accumulate AvgSmoothLoss.value ValueMetric.__init__ "
@@ -2986,6 +3022,7 @@ def test_marks_of_epochs_lie_behind_the_curves():
     learn.fit(2)
     curve, _, *marks = learn.recorder.plot_loss(show_epochs=True).lines
     assert len(marks) == 2 and all(mark.get_zorder() < curve.get_zorder() for mark in marks), "they must not hide it"
+    assert {mark.get_color() for mark in marks} == {'lightgray'}, "nor be taken for curves"
     plt.close('all')
 
 
@@ -2999,6 +3036,22 @@ def test_plot_loss_without_validation_set():
 
 def test_a_cell_is_one_line():
     assert ml.format_cell(torch.tensor([[1, 2], [3, 4]]), 30).strip() == 'tensor([[1, 2], [3, 4]])', "line breaks are blanks"
+
+
+def test_the_bar_counts_from_one():
+    learn = line_learner()
+    learn.smooth_loss, learn.epoch, learn.n_epoch, learn.iter, learn.n_iter, learn.training = None, 1, 3, 4, 10, True
+    assert learn.progress.bar_text(2.) == 'epoch 2/3 train |#####     | 5/10, 00:02 left, 2 batches/s', \
+        "the second epoch of three; five batches of ten took two seconds"
+
+
+def test_rows_are_seen_at_once():
+    class Counts(io.StringIO):
+        n = 0
+        def flush(self): self.n += 1
+    out = Counts()
+    printed(line_learner(), 2, out)
+    assert out.n >= 3, "titles and two rows, each flushed: whoever follows a log file sees them"
 
 
 # =============================================================================================
@@ -3621,6 +3674,25 @@ def test_a_suggestion_is_marked_on_the_curve():
         nearest = min(on_curve, key=lambda x: abs(x - lr))
         assert mark.get_xdata()[0] == lr and mark.get_ydata()[0] == on_curve[nearest], "at the loss of the nearest rate"
     plt.close('all')
+
+
+def test_lr_find_prints_no_table(capsys):
+    learn = line_learner()
+    learn.logger = print
+    learn.lr_find(num_it=20, show_plot=False)
+    assert capsys.readouterr().out == '', "it is no training: neither titles nor rows"
+    assert learn.logger is print, "and afterwards all is as before"
+
+
+def test_lr_find_goes_on_up_to_four_times_the_best():
+    finder = ml.LRFinder()
+    finder.learn = types.SimpleNamespace(train_iter=1, smooth_loss=1.)
+    finder.after_batch()
+    finder.learn.smooth_loss = 4.
+    finder.after_batch()    # no more than four times: it goes on
+    finder.learn.smooth_loss = 4.01
+    with pytest.raises(ml.CancelFitException):
+        finder.after_batch()
 
 
 # =============================================================================================
@@ -4375,6 +4447,11 @@ def test_a_number_in_place_of_a_tensor_is_named(tmp_path):
 
 def test_export_as_a_function_has_the_same_name(tmp_path):
     assert ml.export(line_learner(path=tmp_path, loss_func=F.mse_loss)) == tmp_path / 'export.pkl', "by default"
+
+
+def test_put_weights_is_strict_unless_told():
+    with pytest.raises(ValueError, match='m.pth does not fit the model: lacks b$'):
+        ml.put_weights('m.pth', {'a': torch.ones(())}, Line(), None)
 
 
 # =============================================================================================
@@ -5299,6 +5376,15 @@ def test_a_flush_without_its_step_leaves_the_pass_complete():
                          cbs=[ml.GradientAccumulation(8), ml.Callback(before_step=before_step)])
     learn.fit(1)
     assert flushed == [True] and learn.final_record[0] is not None, "the step was skipped, not the epoch: it has its row"
+
+
+def test_the_last_batch_of_an_epoch_steps_by_itself():
+    steps, seen = [], []
+    learn = line_learner(cbs=[ml.GradientAccumulation(48), ml.Callback(
+        after_step=lambda self: self.completed and steps.append(self.iter),
+        after_batch=lambda self: seen.append(list(steps)))])
+    learn.fit(1)
+    assert seen[2] == [2] and seen[3] == [2, 3], "48 rows after the third batch; the fourth is known to be the last"
 
 
 # =============================================================================================
