@@ -485,6 +485,14 @@ def test_an_empty_batch_has_size_1():
     assert ml.find_bs(()) == ml.find_bs([]) == ml.find_bs({}) == 1, "nothing in it has a shape"
 
 
+def test_two_seeds_are_two_seeds():
+    import numpy
+    def draw(seed):
+        ml.set_seed(seed)
+        return numpy.random.rand()
+    assert len({draw(seed) for seed in (1, 63, 65, 129, 257)}) == 5, "NumPy takes seeds up to 2**32 - 1: only above that they wrap"
+
+
 # =============================================================================================
 lesson("Data", "TensorLoader.__init__ TensorLoader.__len__ TensorLoader.__iter__ "
        "DataLoaders.__init__ DataLoaders.from_tensors DataLoaders.from_dsets "
@@ -721,6 +729,11 @@ def test_a_tensor_loader_counts_its_last_batch():
 def test_from_tensors_moves_the_rows_at_once():
     dls = ml.DataLoaders.from_tensors(*line_data(8), valid_pct=0, device='meta')
     assert dls.device.type == 'meta' and dls.train_ds.tensors[0].device.type == 'meta', "to the device that was asked for"
+
+
+def test_from_dsets_without_validation_has_a_device_too():
+    dls = ml.DataLoaders.from_dsets(TensorDataset(*line_data(4)), device='meta')
+    assert dls.device.type == 'meta' and dls.valid is None, "the one that was asked for"
 
 
 # =============================================================================================
@@ -1339,6 +1352,19 @@ def test_a_state_may_lack_what_a_fit_adds():
     assert fresh.hypers == [{'lr': 0.1, 'mom': 0.9, 'wd': 0.1}], "mom and wd come in by training: they are no misfit"
 
 
+@pytest.mark.parametrize('wd', [0, 0.5, 1, 2])
+def test_decay_of_any_size(wd):
+    p = nn.Parameter(torch.tensor([2.]))
+    p.grad = torch.tensor([1.])
+    ml.weight_decay(p, lr=0.1, wd=wd)
+    assert p.item() == pytest.approx(2 * (1 - 0.1 * wd)) and p.grad.item() == 1, "p shrinks by lr * wd of itself"
+
+
+def test_groups_may_go_to_torch_as_they_are():
+    with pytest.raises(TypeError):
+        ml.OptimWrapper([[param()], [param()]], torch.optim.SGD, lr=0.1, convert_groups=False)   # torch knows no such form
+
+
 # =============================================================================================
 lesson("Callbacks", "Callback.__init__ Callback.__call__ "
        "Callback.defines Callback.__getattr__ Callback.__setattr__ Callback.__repr__ "
@@ -1498,6 +1524,20 @@ def test_a_callback_may_run_before_its_own_kind():
         run_before = ml.Callback
     a, b = ml.Callback(), First()
     assert ml.sort_callbacks([a, b]) == [b, a], "before all others: itself, which is of that kind, too, is no other"
+
+
+def test_the_phase_decides_which_flag_counts():
+    class Tst(ml.Callback):
+        run_valid = False
+        def before_batch(self): return 'batch'
+        def before_epoch(self): return 'epoch'
+    cb = Tst()
+    cb.learn = types.SimpleNamespace(training=True)
+    assert cb('before_batch') == 'batch', "run_valid=False says nothing about training"
+    cb.learn.training = False
+    assert cb('before_batch') is None and cb('before_epoch') == 'epoch', "in validation, it skips the events of batches"
+    cb.run = False
+    assert cb('before_epoch') is None, "run=False skips all"
 
 
 # =============================================================================================
@@ -2278,6 +2318,38 @@ def test_an_error_leaves_nothing_completed():
 def test_a_loss_function_is_one():
     with pytest.raises(ValueError, match='loss_func=3: give, say,'):
         ml.Learner(line_dls(), Line(), 3)
+
+
+def test_after_a_cancelled_batch_the_next_one_completes():
+    seen = []
+    def before_batch(self):
+        if self.iter == 0 and self.training: raise ml.CancelBatchException
+    def after_batch(self): seen.append(self.completed)
+    line_learner(cbs=ml.Callback(before_batch=before_batch, after_batch=after_batch)).fit(1)
+    assert seen == [False, True, True, True, True, True], "each part is judged by itself"
+
+
+def test_a_new_optimizer_finds_the_model_on_its_device():
+    learn = line_learner(ml.DataLoaders([], device='meta'))
+    learn.create_opt()
+    assert learn.model.a.device.type == 'meta', "moved before the optimizer makes its state"
+
+
+def test_files_lie_in_the_folder_of_the_data(tmp_path):
+    learn = line_learner(line_dls(path=tmp_path), model_dir='here')
+    assert learn.path == tmp_path and learn.model_dir == 'here', "path: that of the DataLoaders"
+    assert line_learner(path=str(tmp_path / 'p')).path == tmp_path / 'p', "unless there is one of its own"
+
+
+def test_names_of_the_learner_are_no_names_for_callbacks():
+    class Fit(ml.Callback): pass
+    with pytest.raises(ValueError, match="Fit: the name 'fit' is taken"):
+        line_learner(cbs=Fit)
+
+
+def test_a_learner_wants_dataloaders():
+    with pytest.raises(TypeError, match='dls is a list: write'):
+        ml.Learner([line_data(4)], Line(), F.mse_loss)
 
 
 # =============================================================================================
@@ -3695,6 +3767,20 @@ def test_lr_find_goes_on_up_to_four_times_the_best():
         finder.after_batch()
 
 
+def test_a_part_without_a_share_is_at_its_end():
+    assert ml.combine_scheds([1., 0.], [ml.SchedLin(0, 1), ml.SchedLin(2, 3)])(1.) == 3, "the last one has the last word"
+    both = ml.combine_scheds([0.5, 0.5], [ml.SchedLin(0, 1), ml.SchedLin(1, 2)])
+    assert both(1.0001) == 2, "sums of many steps may end a little above 1"
+
+
+def test_lr_find_says_what_it_needs():
+    with pytest.raises(ValueError, match='needs it: learn.add_cb'):
+        ml.Learner(line_dls(), Line(), F.mse_loss, default_cbs=False, cbs=ml.TrainEvalCallback).lr_find()
+    with pytest.raises(ValueError, match='num_it=1: two rates'):
+        line_learner().lr_find(num_it=1)
+    assert line_learner().lr_find(num_it=2, show_plot=False).minimum > 0, "two are enough"
+
+
 # =============================================================================================
 lesson("Inference", "validation_context run_validation ordered_loader GatherMetricsCallback.after_batch "
        "validate GatherPredsCallback.before_validate GatherPredsCallback.after_batch "
@@ -4107,6 +4193,11 @@ def test_validate_as_a_function():
     assert ml.validate(learn) == learn.validate() != learn.validate(0), "the validation loader by default"
 
 
+def test_a_half_is_not_above_a_half():
+    _, decodes = ml.act_and_decodes(nn.BCEWithLogitsLoss())
+    assert decodes(torch.tensor([0.4, 0.5, 0.6])).tolist() == [False, False, True], "above 0.5, says the docstring"
+
+
 # =============================================================================================
 lesson("Saving", "bare_model bare_state save_model save_state load_state load_model put_weights "
        "check_weights export check_picklable load_learner "
@@ -4452,6 +4543,16 @@ def test_export_as_a_function_has_the_same_name(tmp_path):
 def test_put_weights_is_strict_unless_told():
     with pytest.raises(ValueError, match='m.pth does not fit the model: lacks b$'):
         ml.put_weights('m.pth', {'a': torch.ones(())}, Line(), None)
+
+
+def test_a_file_is_whole_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    sizes, fsync = [], os.fsync
+    def look(fd):
+        sizes.append((os.fstat(fd).st_size, (tmp_path / 'm.pth').exists()))
+        fsync(fd)
+    monkeypatch.setattr(os, 'fsync', look)
+    ml.save_state({'a': torch.ones(3)}, tmp_path / 'm.pth')
+    assert sizes == [((tmp_path / 'm.pth').stat().st_size, False)], "flushed, then forced to the disk, then renamed"
 
 
 # =============================================================================================
@@ -5831,6 +5932,7 @@ def test_demo_returns_the_test_accuracy(monkeypatch, capsys):
     learn, folder = drawn[0]
     assert score == pytest.approx(learn.validate()[1]), "the last column, not a loss"
     assert Path(folder) == Path('.'), "without --out, the figure goes where you are"
+    assert (len(learn.dls.train_ds), len(learn.dls.valid_ds)) == (4000, 1000), "the published split: no row of the test trains"
 
 
 def test_demo_follows_its_arguments(monkeypatch):
@@ -5839,13 +5941,13 @@ def test_demo_follows_its_arguments(monkeypatch):
         seen.append((n_epoch, lr, weights(learn.model)))
         raise ZeroDivisionError
     monkeypatch.setattr(ml.Learner, 'fit_one_cycle', fit)
-    for args in (['--seed', '7'], ['--seed', '7', '--epochs', '3'], ['--seed', '8'], []):
+    for args in (['--seed', '7'], ['--seed', '7', '--epochs', '3'], ['--seed', '8'], ['--seed', '0'], []):
         with pytest.raises(ZeroDivisionError):
             ml.demo([*args, '--device', 'cpu'])
-    assert [(n_epoch, lr) for n_epoch, lr, _ in seen] == [(15, 1e-2), (3, 1e-2), (15, 1e-2), (15, 1e-2)], \
+    assert [(n_epoch, lr) for n_epoch, lr, _ in seen] == [(n, 1e-2) for n in (15, 3, 15, 15, 15)], \
         "--epochs says how many, else 15; the highest rate is always the same"
-    first, again, other, default = [w for _, _, w in seen]
-    assert same(first, again) and not same(first, other) and not same(first, default), "the seed decides"
+    first, again, other, zero, default = [w for _, _, w in seen]
+    assert same(first, again) and not same(first, other) and same(zero, default), "the seed decides; without one it is 0"
 
 
 def test_demo_passes_its_device_on():
