@@ -736,6 +736,13 @@ def test_from_dsets_without_validation_has_a_device_too():
     assert dls.device.type == 'meta' and dls.valid is None, "the one that was asked for"
 
 
+def test_from_dsets_keeps_the_sampler_for_training():
+    ds = TensorDataset(*line_data(10))
+    few = torch.utils.data.SubsetRandomSampler(range(3))
+    dls = ml.DataLoaders.from_dsets(ds, ds, shuffle=False, sampler=few, device='cpu')
+    assert dls.train.sampler is few and sum(len(x) for x, _ in dls.valid) == 10, "validation sees every row"
+
+
 # =============================================================================================
 lesson("Optimizer", "sgd_step weight_decay l2_reg average_grad average_sqr_grad momentum_step "
        "rms_prop_step step_stat debias adam_step Optimizer.__init__ Optimizer.param_groups "
@@ -2350,6 +2357,16 @@ def test_names_of_the_learner_are_no_names_for_callbacks():
 def test_a_learner_wants_dataloaders():
     with pytest.raises(TypeError, match='dls is a list: write'):
         ml.Learner([line_data(4)], Line(), F.mse_loss)
+
+
+def test_an_opt_func_gets_one_rate():
+    rates = []
+    def opt_func(groups, lr):
+        rates.append(lr)
+        return ml.SGD(groups, lr=lr)
+    for lr in (0.3, slice(1e-3, 1e-1), [0.2]):
+        line_learner(lr=lr, opt_func=opt_func).create_opt()
+    assert rates == [0.3, ml.defaults.lr, ml.defaults.lr], "the learner's number; for a list or slice, the usual one at first"
 
 
 # =============================================================================================
@@ -4198,6 +4215,14 @@ def test_a_half_is_not_above_a_half():
     assert decodes(torch.tensor([0.4, 0.5, 0.6])).tolist() == [False, False, True], "above 0.5, says the docstring"
 
 
+def test_predict_names_all_shapes_that_do_not_fit():
+    learn = line_learner(model=nn.Bilinear(1, 1, 1))
+    with pytest.raises(ValueError, match=r'shape \[7\], \[2, 3\]: give one'):
+        learn.predict((torch.ones(7), torch.ones(2, 3)))
+    with pytest.raises(ValueError, match=r'shape \[7\]: give one'):
+        learn.predict([1.] * 7)    # a list has no dtype, but becomes a tensor
+
+
 # =============================================================================================
 lesson("Saving", "bare_model bare_state save_model save_state load_state load_model put_weights "
        "check_weights export check_picklable load_learner "
@@ -4553,6 +4578,14 @@ def test_a_file_is_whole_on_the_disk_before_it_has_its_name(tmp_path, monkeypatc
     monkeypatch.setattr(os, 'fsync', look)
     ml.save_state({'a': torch.ones(3)}, tmp_path / 'm.pth')
     assert sizes == [((tmp_path / 'm.pth').stat().st_size, False)], "flushed, then forced to the disk, then renamed"
+
+
+def test_export_leaves_out_data_sets_in_memory(tmp_path):
+    x, y = line_data(20000)
+    rows = ml.TensorLoader(x, y)
+    learn = line_learner(ml.DataLoaders(rows, rows, device='cpu', path=tmp_path), loss_func=nn.MSELoss())
+    assert learn.export().stat().st_size < 50000, "the loaders hold the rows, and so do the data sets"
+    assert learn.dls.train_ds is rows.dataset, "only the copy in the file goes without"
 
 
 # =============================================================================================
