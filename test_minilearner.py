@@ -37,6 +37,7 @@ import traceback
 import types
 import warnings
 import weakref
+import zipfile
 from pathlib import Path
 
 os.environ.setdefault('MPLBACKEND', 'Agg')      # draw without a screen
@@ -1372,6 +1373,15 @@ def test_groups_may_go_to_torch_as_they_are():
         ml.OptimWrapper([[param()], [param()]], torch.optim.SGD, lr=0.1, convert_groups=False)   # torch knows no such form
 
 
+def test_only_freezing_all_groups_warns(recwarn):
+    opt = ml.Optimizer([[param()], [param()]], ml.sgd_step, lr=0.1)
+    for n in (0, 1, -1):
+        opt.freeze_to(n)
+    assert not recwarn, "there is something left to train"
+    with pytest.warns(UserWarning, match=r'freeze_to\(2\) freezes all 2'):
+        opt.freeze_to(2)
+
+
 # =============================================================================================
 lesson("Callbacks", "Callback.__init__ Callback.__call__ "
        "Callback.defines Callback.__getattr__ Callback.__setattr__ Callback.__repr__ "
@@ -2367,6 +2377,13 @@ def test_an_opt_func_gets_one_rate():
     for lr in (0.3, slice(1e-3, 1e-1), [0.2]):
         line_learner(lr=lr, opt_func=opt_func).create_opt()
     assert rates == [0.3, ml.defaults.lr, ml.defaults.lr], "the learner's number; for a list or slice, the usual one at first"
+
+
+def test_a_batch_without_targets_teaches_nothing():
+    x, _ = line_data(4)
+    learn = line_learner(ml.DataLoaders([(x,)] * 2, device='cpu'))
+    learn.fit(1)
+    assert learn.train_iter == 2 and same(weights(learn.model), weights(Line())), "it is predicted, and that is all"
 
 
 # =============================================================================================
@@ -4223,6 +4240,12 @@ def test_predict_names_all_shapes_that_do_not_fit():
         learn.predict([1.] * 7)    # a list has no dtype, but becomes a tensor
 
 
+def test_show_results_says_that_targets_are_missing():
+    x, _ = line_data(4)
+    with pytest.raises(ValueError, match='shows targets, and the batches have none'):
+        line_learner().show_results(dl=[x])
+
+
 # =============================================================================================
 lesson("Saving", "bare_model bare_state save_model save_state load_state load_model put_weights "
        "check_weights export check_picklable load_learner "
@@ -4441,7 +4464,7 @@ def test_files_have_the_pickle_protocol_of_torch(tmp_path):
     ml.save_state({'a': 1}, tmp_path / 'state.pth')
     for file in (tmp_path / 'state.pth', learn.save('model'), learn.export(),
                  ml.save_model(tmp_path / 'm.pth', learn.model, None)):
-        with __import__('zipfile').ZipFile(file) as z:
+        with zipfile.ZipFile(file) as z:
             name, = [n for n in z.namelist() if n.endswith('data.pkl')]
             assert z.read(name)[:2] == b'\x80\x02', "protocol 2 is what torch.load expects"
 
@@ -4586,6 +4609,14 @@ def test_export_leaves_out_data_sets_in_memory(tmp_path):
     learn = line_learner(ml.DataLoaders(rows, rows, device='cpu', path=tmp_path), loss_func=nn.MSELoss())
     assert learn.export().stat().st_size < 50000, "the loaders hold the rows, and so do the data sets"
     assert learn.dls.train_ds is rows.dataset, "only the copy in the file goes without"
+
+
+def test_the_pickle_protocol_is_passed_on(tmp_path):
+    for protocol in (2, 3):
+        ml.save_state({'a': 1}, tmp_path / 'm.pth', protocol)
+        with zipfile.ZipFile(tmp_path / 'm.pth') as archive:
+            pickled, = [archive.read(name) for name in archive.namelist() if name.endswith('data.pkl')]
+        assert pickled[:2] == bytes([0x80, protocol]), "torch.save takes it by name"
 
 
 # =============================================================================================
