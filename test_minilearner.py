@@ -494,6 +494,15 @@ def test_two_seeds_are_two_seeds():
     assert len({draw(seed) for seed in (1, 63, 65, 129, 257)}) == 5, "NumPy takes seeds up to 2**32 - 1: only above that they wrap"
 
 
+def test_numbers_of_numpy_are_not_for_a_process_without_it(monkeypatch):
+    import numpy
+    assert numpy
+    state = ml.rng_state()
+    monkeypatch.delitem(sys.modules, 'numpy')
+    ml.set_rng_state(state)     # to import it would take half a second
+    assert 'numpy' not in sys.modules, "what nobody uses needs no state"
+
+
 # =============================================================================================
 lesson("Data", "TensorLoader.__init__ TensorLoader.__len__ TensorLoader.__iter__ "
        "DataLoaders.__init__ DataLoaders.from_tensors DataLoaders.from_dsets "
@@ -1380,6 +1389,15 @@ def test_only_freezing_all_groups_warns(recwarn):
     assert not recwarn, "there is something left to train"
     with pytest.warns(UserWarning, match=r'freeze_to\(2\) freezes all 2'):
         opt.freeze_to(2)
+
+
+def test_a_state_of_more_dimensions_is_refused():
+    opt = ml.SGD([param((1., 2.))], lr=0.1, mom=0.9)
+    opt.step()
+    state = opt.state_dict()
+    larger = {**state, 'state': [{**one, 'grad_avg': torch.ones(3, 2)} for one in state['state']]}
+    with pytest.raises(ValueError, match='another shape'):
+        opt.load_state_dict(larger)
 
 
 # =============================================================================================
@@ -2386,6 +2404,16 @@ def test_a_batch_without_targets_teaches_nothing():
     assert learn.train_iter == 2 and same(weights(learn.model), weights(Line())), "it is predicted, and that is all"
 
 
+def test_reset_opt_begins_anew():
+    learn = line_learner()
+    learn.fit(1)
+    first = learn.opt
+    learn.fit(1)
+    assert learn.opt is first, "training goes on with what the optimizer remembers"
+    learn.fit(1, reset_opt=True)
+    assert learn.opt is not first, "unless a new one is wanted"
+
+
 # =============================================================================================
 lesson("Metrics", "AvgMetric.reset AvgMetric.accumulate AvgMetric.batch_value "
        "AvgLoss.batch_value AvgSmoothLoss.accumulate AvgSmoothLoss.value ValueMetric.__init__ "
@@ -2539,6 +2567,17 @@ def test_objects_move_to_the_device_of_the_prediction():
     metric.reset()
     metric.accumulate(types.SimpleNamespace(pred=torch.ones(2), yb=(torch.zeros(2),)))
     assert metric.metric.device == torch.device('cpu'), "an object that has a `to` follows the prediction to its device"
+
+
+def test_an_object_metric_takes_any_prediction():
+    class Moves(list):
+        def to(self, device): raise AssertionError("a tuple has no device")
+        def update(self, pred, y): self.append(len(pred))
+        def compute(self): return sum(self)
+        def reset(self): self.clear()
+    metric = ml.ObjectMetric(Moves())
+    metric.accumulate(fake_learn((torch.ones(2), torch.ones(2)), (torch.ones(2),)))
+    assert metric.value == 2, "a tuple of outputs goes to update as it is"
 
 
 # =============================================================================================
@@ -3158,6 +3197,10 @@ def test_rows_are_seen_at_once():
     out = Counts()
     printed(line_learner(), 2, out)
     assert out.n >= 3, "titles and two rows, each flushed: whoever follows a log file sees them"
+    learn, out = line_learner(), Counts()
+    with contextlib.redirect_stdout(out):
+        learn.progress.draw('bar')
+    assert out.n == 1, "so is the bar, which has no line end that would do it"
 
 
 # =============================================================================================
@@ -4246,6 +4289,24 @@ def test_show_results_says_that_targets_are_missing():
         line_learner().show_results(dl=[x])
 
 
+def test_nothing_logs_during_predictions():
+    learn = line_learner()
+    learn.logger = print
+    with learn.validation_context():
+        assert learn.logger is not print, "a callback that logs at each pass would mix with the table"
+    assert learn.logger is print, "and back"
+
+
+def test_files_of_predictions_have_process_and_batch_in_their_names(tmp_path):
+    line_learner().get_preds(dl=[line_data(2)] * 3, save_preds=tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [f'000_0000{i}.pt' for i in range(3)], "sorted, they are in order"
+
+
+def test_without_targets_nothing_is_measured():
+    learn = line_learner(metrics=F.l1_loss)
+    assert learn.validate(dl=[line_data(4)[0]]) == [None, None], "neither a loss nor a metric"
+
+
 # =============================================================================================
 lesson("Saving", "bare_model bare_state save_model save_state load_state load_model put_weights "
        "check_weights export check_picklable load_learner "
@@ -4617,6 +4678,20 @@ def test_the_pickle_protocol_is_passed_on(tmp_path):
         with zipfile.ZipFile(tmp_path / 'm.pth') as archive:
             pickled, = [archive.read(name) for name in archive.namelist() if name.endswith('data.pkl')]
         assert pickled[:2] == bytes([0x80, protocol]), "torch.save takes it by name"
+
+
+@pytest.mark.skipif(os.name == 'nt', reason="links need rights there")
+def test_a_link_to_a_file_stays_a_link(tmp_path):
+    (tmp_path / 'link.pth').symlink_to(tmp_path / 'm.pth')
+    ml.save_state({'a': 1}, tmp_path / 'link.pth')
+    assert (tmp_path / 'link.pth').is_symlink() and (tmp_path / 'm.pth').exists(), "it is what it points to that is replaced"
+
+
+def test_export_takes_the_wrapper_of_many_processes_away(tmp_path):
+    learn = line_learner(path=tmp_path, loss_func=F.mse_loss)
+    learn.parallel = lambda xb: xb      # as DistributedDataParallel, it could not be pickled
+    kept = learn.parallel
+    assert ml.load_learner(learn.export()).parallel is None and learn.parallel is kept, "only in the file"
 
 
 # =============================================================================================
@@ -5550,6 +5625,12 @@ def test_the_last_batch_of_an_epoch_steps_by_itself():
         after_batch=lambda self: seen.append(list(steps)))])
     learn.fit(1)
     assert seen[2] == [2] and seen[3] == [2, 3], "48 rows after the third batch; the fourth is known to be the last"
+
+
+def test_a_tracker_needs_the_recorder():
+    learn = ml.Learner(line_dls(), Line(), F.mse_loss, default_cbs=False, cbs=[ml.TrainEvalCallback, ml.TrackerCallback()])
+    with pytest.raises(ValueError, match='TrackerCallback needs the Recorder'):
+        learn.fit(1)
 
 
 # =============================================================================================
