@@ -1146,6 +1146,7 @@ class TrainEvalCallback(Callback):
     order, run_valid = -10, False
 
     def before_fit(self):
+        """Start from 0; move the model, and a loss function with weights, if any."""
         learn = self.learn
         learn.epoch, learn.loss = 0, torch.tensor(0.)
         learn.train_iter, learn.pct_train = 0, 0.
@@ -1154,6 +1155,7 @@ class TrainEvalCallback(Callback):
                 o.to(learn.dls.device)
 
     def before_train(self):
+        """Mode of training, but not for frozen norm layers, unless `train_bn`."""
         self.model.train()
         for m in [] if self.train_bn else self.model.modules():
             frozen = not any(p.requires_grad for p in m.parameters())
@@ -1167,6 +1169,7 @@ class TrainEvalCallback(Callback):
         self.learn.training = False
 
     def after_batch(self):
+        """Count; pct_train waits for the next epoch if the length is unknown."""
         learn = self.learn
         learn.train_iter += 1
         if learn.n_iter:
@@ -1186,17 +1189,21 @@ class Learner:
     model: an nn.Module; what is no attribute of the Learner is looked up there.
     loss_func: called as `loss_func(pred, *yb)`; default: `dls.train_ds.loss_func`.
     opt_func: called as `opt_func(splitter(model), lr=lr)`; `Adam` or the like, a torch
-      optimizer class, or a `partial` of either.
-    lr: learning rate, at least 0, if `fit` is given none; that of a `partial` wins.
+      optimizer class, a `partial` of either, a function that returns an optimizer.
+    lr: learning rate if `fit` is given none: a number, at least 0, or a list or slice,
+      by group. That of a `partial` wins.
     splitter: function from the model to its parameters, or to a list of groups of them.
     cbs: callbacks, or classes of them, that join those of `defaults.callbacks`.
-    metrics: functions of `(pred, *yb)`, `Metric`s, objects of torchmetrics.
+    metrics: what `mk_metric` takes: functions of `(pred, *yb)`, `Metric`s, objects of
+      torchmetrics.
     path, model_dir: files are saved in path/model_dir; default path: that of `dls`.
     wd: weight decay; None leaves it to opt_func.
     wd_bn_bias: whether biases and norm layers decay, too.
     train_bn: whether norm layers train even if they are frozen.
     moms: momentum at the start, peak and end of `fit_one_cycle`.
     default_cbs: False leaves out `defaults.callbacks`.
+    At first it is in epoch 0 of 1, its loss a tensor of 0, n_iter and opt are None.
+    `parallel` is what trains in place of the model in `distrib_ctx`, else None.
     Raises: TypeError for data that are no DataLoaders, ValueError for a missing loss
     function or a bad rate.
     Source: fastai's documentation of Learner.
@@ -1479,7 +1486,10 @@ class Learner:
             self.opt.state[p]['force_train'] = True
 
     def ensure_opt(self, reset=False):
-        """The optimizer; a new one if `reset`, or if there is none for this model."""
+        """The optimizer; a new one if `reset`, or if there is none for this model.
+
+        One that you set yourself stays; of torch's, it is wrapped.
+        """
         if isinstance(self.opt, torch.optim.Optimizer):
             self.opt = OptimWrapper(self.opt)
         now = list(self.model.parameters())
@@ -1490,7 +1500,7 @@ class Learner:
         return self.opt
 
     def freeze_to(self, n):
-        """Train only the parameter groups from `n` on; see `Optimizer.freeze_to`."""
+        """`Optimizer.freeze_to`; and the optimizer forgets what it has averaged."""
         self.ensure_opt().freeze_to(n)
         self.opt.clear_state()
 
@@ -3229,6 +3239,7 @@ class DistributedCallback(Callback):
         self.kwargs = kwargs
 
     def before_fit(self):
+        """Make `sampler`, which shuffles if the loader does, by a seed for all."""
         dl = self.dls.train
         rows = ordered_loader(dl)
         check(rows is not dl, f"{type(dl).__name__} cannot be split: give a "
@@ -3290,7 +3301,8 @@ def distrib_ctx(learn, **kwargs):
     predictions are those of all data; only the first prints and saves. `bs` is the size
     of a batch in each. Whatever is called here is called in all of them, and a callback
     that ends something early has to do so in all: else they wait for each other.
-    Without torchrun, the one process trains alone, with a warning.
+    Without torchrun, the one process trains alone, with a warning. Torch's process
+    group is started once, and stays when the context ends.
     kwargs: of DistributedDataParallel. Yields: the learner.
     Raises: ValueError for a device that is neither a GPU of CUDA nor a CPU.
     """
@@ -3327,8 +3339,8 @@ def distrib_ctx(learn, **kwargs):
 def small_cnn():
     """A network for `mnist1d`: (B, 1, 40) signals to (B, 10) scores; 24,154 weights.
 
-    Body: five blocks of convolution (3 wide, no bias), batch norm, ReLU. Head: a mean, a
-    linear layer.
+    Body: five blocks of convolution (3 wide, no bias), batch norm, ReLU. Head: a mean,
+    a linear layer.
     """
     def block(n_in, n_out, stride):
         conv = nn.Conv1d(n_in, n_out, 3, stride, padding=1, bias=False)

@@ -1596,6 +1596,98 @@ FIT = ['before_fit', 'before_epoch', 'before_train', *BATCH, *BATCH, 'after_trai
        'after_validate', 'after_epoch', 'after_fit']
 
 
+def test_some_loaders_have_no_length():
+    assert ml.loader_len([1, 2, 3]) == 3 and ml.loader_len(iter([1])) is None, "None: nobody can know it yet"
+
+
+def staged(body=int, cancel=ml.CancelBatchException, **handlers):
+    """What _stage fires around `body`, with these handlers; and what `completed` is at the end."""
+    fired = []
+    learn = types.SimpleNamespace(completed=None, failing=False)
+    def fire(name):
+        fired.append(name)
+        handlers.get(name, int)()
+    learn._fire = fire
+    try:
+        ml.Learner._stage(learn, 'batch', lambda: (fired.append('body'), body()), cancel)
+    except Exception as e:
+        fired.append(type(e).__name__)
+    return fired, learn.completed
+
+
+def raising(kind):
+    def f(): raise kind
+    return f
+
+
+def test_a_stage_announces_a_part_and_ends_it():
+    assert staged() == (['before_batch', 'body', 'after_batch'], True), "before, the part, after"
+    cancel = raising(ml.CancelBatchException)
+    assert staged(cancel) == (['before_batch', 'body', 'after_cancel_batch', 'after_batch'], False), \
+        "its own Cancel exception ends it early, and goes no further"
+    assert staged(before_batch=cancel)[0] == ['before_batch', 'after_cancel_batch', 'after_batch'], "also before it began"
+
+
+def test_a_stage_ends_what_has_begun_whatever_is_raised():
+    for kind in (ml.CancelFitException, ZeroDivisionError):
+        assert staged(raising(kind)) == (['before_batch', 'body', 'after_batch', kind.__name__], False), \
+            "an error, or the Cancel of a larger part, goes on, after after_batch"
+    assert staged(raising(KeyError), after_batch=raising(ZeroDivisionError))[0][-1] == 'KeyError', "of two errors, the first"
+
+
+def test_train_eval_sets_modes_and_counts():
+    model = nn.Dropout()
+    learn = types.SimpleNamespace(model=model, loss_func=F.mse_loss, dls=types.SimpleNamespace(device='cpu'),
+                                  train_bn=True, epoch=5, n_epoch=2, n_iter=4, train_iter=9)
+    cb = ml.TrainEvalCallback()
+    cb.learn = learn
+    cb.before_fit()
+    assert (learn.epoch, learn.train_iter, learn.pct_train) == (0, 0, 0), "a fit begins at 0"
+    cb.before_train()
+    assert model.training and learn.training, "dropout drops, and everybody can see that it is training"
+    cb.after_batch()
+    assert learn.train_iter == 1 and learn.pct_train == 1 / 8, "one of 2 * 4 batches is done"
+    cb.before_validate()
+    assert not model.training and not learn.training, "no dropout in validation"
+
+
+def bare_learner():
+    """A Learner without data and model: callbacks need neither."""
+    learn = ml.Learner.__new__(ml.Learner)
+    vars(learn).update(_cbs=[], _handlers={}, failing=False)
+    return learn
+
+
+def test_callbacks_are_registered_and_removed():
+    learn, log = bare_learner(), EventLog()
+    learn.cbs = [ml.TrainEvalCallback, log]
+    assert learn.cbs == [learn.train_eval, log] and log.learn is learn, "a class is made an object; each becomes learn.<name>"
+    other = ml.Callback()
+    assert learn.add_cb(other) is learn and learn.cbs[-1] is other, "behind those that are there"
+    learn.remove_cbs([ml.TrainEvalCallback, other])
+    assert learn.cbs == [log] and other.learn is None and 'train_eval' not in vars(learn), "by class or by object"
+    with learn.added_cbs(other):
+        assert learn.cbs == [log, other], "for the context"
+        with learn.removed_cbs(log):
+            assert learn.cbs == [other], "out for the context"
+        assert learn.cbs == [log, other], "and back to its place"
+    assert learn.cbs == [log], "as before"
+
+
+def test_an_event_reaches_the_callbacks_that_define_it():
+    seen = []
+    late = ml.Callback(before_fit=lambda self: seen.append('late'), after_fit=lambda self: seen.append('end'))
+    soon = ml.Callback(before_fit=lambda self: seen.append('soon'))
+    late.order, learn = 5, bare_learner()
+    learn.cbs = [late, soon]
+    assert learn.ordered_cbs('before_fit') == [soon, late] and learn.ordered_cbs('after_fit') == [late], "by order"
+    learn._fire('before_fit')
+    learn(['before_fit', 'after_fit'])
+    assert seen == ['soon', 'late', 'soon', 'late', 'end'], "learn(...) fires one event, or each of a list"
+    with pytest.raises(AttributeError, match="'before_fitt' is not an event"):
+        learn('before_fitt')
+
+
 def two_batch_learner(cbs, **kwargs):
     dls = ml.DataLoaders([line_data(4)] * 2, [line_data(4)], device='cpu')
     return line_learner(dls, cbs=cbs, **kwargs)
@@ -2412,6 +2504,18 @@ def test_reset_opt_begins_anew():
     assert learn.opt is first, "training goes on with what the optimizer remembers"
     learn.fit(1, reset_opt=True)
     assert learn.opt is not first, "unless a new one is wanted"
+
+
+def test_a_function_may_make_a_torch_optimizer():
+    learn = line_learner(opt_func=lambda groups, lr: torch.optim.SGD([p for group in groups for p in group], lr=lr),
+                         splitter=lambda model: [list(model.parameters())])
+    learn.fit(1)
+    assert isinstance(learn.opt, ml.OptimWrapper) and learn.model.a.item() != 0.5, "what it returns is wrapped, then trains"
+
+
+def test_metrics_go_through_mk_metric():
+    with pytest.raises(TypeError, match="metric 'acc'"):
+        line_learner(metrics='acc')
 
 
 # =============================================================================================
@@ -5749,7 +5853,7 @@ def outcome(process, patience=150):
         out, err = process.communicate(timeout=patience)
     except subprocess.TimeoutExpired:
         kill_all(process)
-        raise AssertionError("the processes wait for each other: whatever one of them gathers, all have to")
+        raise AssertionError("the processes wait for each other: not all of them gather, or a second process group was made")
     blank = BLANK.search(err)
     if blank:
         raise NotImplementedError(blank[0])
@@ -6805,6 +6909,28 @@ HINTS = {
     'sort_callbacks': "by `order`, then take the first whom no waiting one has to precede, again and again",
     'Learner.__init__': "store the arguments under their names; callbacks last, when all that they may ask for is there",
     'Learner.cbs': "check everything first, then take the old ones out, then put the new ones in, also as attributes",
+    'TrainEvalCallback.before_fit': "epoch, train_iter, pct_train, loss; a loss that is a module may have weights to move",
+    'TrainEvalCallback.before_train': "NORM_LAYERS lists the kinds; frozen is one of which no parameter requires a gradient",
+    'TrainEvalCallback.before_validate': "the mode of the model, and learn.training for everybody else",
+    'TrainEvalCallback.after_batch': "a batch is the share 1 / (n_iter * n_epoch) of the training",
+    'Learner.fit': "check; added_cbs; ensure_opt, set_hyper; the stage 'fit' around _all_epochs; _end_fit in `finally`",
+    'Learner._all_epochs': "a stage 'epoch' around _one_epoch for each; `for self.epoch in range(...)` is Python, too",
+    'Learner._one_epoch': "self.dl, then a stage around all_batches: 'train', and, without gradients, 'validate'",
+    'Learner.all_batches': "n_iter by loader_len, then one_batch for each",
+    'Learner.one_batch': "to_device, then dls.split_batch, then the stage 'batch' around _one_batch",
+    'Learner._end_fit': "_forget_batch; training, failing and gradients are over; callbacks run again",
+    'Learner.__call__': "check_event and _fire, for each name",
+    'Learner.ordered_cbs': "sort_callbacks, and of these the ones that define the event",
+    'Learner.add_cbs': "the setter of cbs does the work: give it the old list and the new",
+    'Learner.remove_cbs': "isinstance with a tuple of the classes; then the setter of cbs",
+    'Learner.__getattr__': "self.model would ask __getattr__ for ever if there is none: look into self.__dict__",
+    'Learner.ensure_opt': "create_opt notes `made_for`; an optimizer without it is the user's own, and stays",
+    'Learner.freeze_to': "the optimizer's freeze_to, then its clear_state",
+    'Learner.freeze': "the optimizer's freeze, then its clear_state",
+    'Learner.no_logging': "contextmanager(replacing_yield), with a logger that does nothing",
+    'Learner.no_bar': "removed_cbs of those whose name is 'progress'",
+    'loader_len': "len raises TypeError for what has no length, and some DataLoaders raise NotImplementedError",
+    'before_batch_cb': "Callback(before_batch=g), where g calls f and makes tuples of what it returns",
     'Learner._stage': "try before_X and the part; except cancel: after_cancel_X; after_X in any case, even at an error",
     'Learner._fire': "add_note tells who raised; a callback may have been removed by the one before it",
     'Learner._one_batch': "predict, after_pred, loss, after_loss, _learn if it trains; in `finally`, detach pred and loss",
@@ -6838,8 +6964,9 @@ HINTS = {
     'GradientAccumulation.before_step': "too few samples and not the last batch: keep the gradients, cancel the step",
     'GradientAccumulation.after_batch': "zero_grad came with the end of the batch: put the kept gradients back",
     'RNNRegularizer.after_loss': "the model returns (pred, raw_out, out); penalties: large out, and changes of raw_out in time",
+    'DistributedCallback.before_fit': "ordered_loader(dl) has all rows, or is dl itself; gather the seed, so that all have one",
     'DistributedCallback.before_train': "DistributedSampler.set_epoch gives another order; loader_of_rows takes the share",
-    'DistributedCallback.before_validate': "rank r of n has rows len * r // n to len * (r + 1) // n",
+    'DistributedCallback.before_validate': "rank r of n has rows len * r // n to len * (r + 1) // n; loader_of_rows",
     'DistributedCallback.gather': "torch.distributed.all_gather_object fills a list, one object of each process",
     'distrib_ctx': "is_torchelastic_launched, init_process_group once, added_cbs(DistributedCallback), put the device back",
 }
@@ -6947,6 +7074,15 @@ def exercises_now(one):
     return {name: (first_lines[name], name in blanks) for name, _ in found}
 
 
+def blank_behind(error):
+    """What an error says of a blank; or what the first one says that it came from, as far as it goes back."""
+    found = None
+    while error is not None:
+        found = isinstance(error, NotImplementedError) and BLANK.search(str(error)) or found
+        error = error.__cause__ or error.__context__
+    return found
+
+
 class Guide:
     """The pytest plugin of a handout: lessons in order, one thing to do at a time, and a map at the end."""
 
@@ -6989,7 +7125,7 @@ class Guide:
     def explain(self, report, item, excinfo):
         """Say in a few lines what failed, and what to do."""
         own, hint = lesson_of(item.function), None
-        found = BLANK.search(str(excinfo.value)) if excinfo.errisinstance(NotImplementedError) else None
+        found = blank_behind(excinfo.value)
         lost = [name for name in own.exercises if name not in exercises_now(own)]
         if found:
             n, name = int(found[1]), found[2]
@@ -7083,6 +7219,8 @@ class Guide:
         written = sum(not is_blank for _, is_blank in exercises.values())
         out.write_line(f'  written  {written} of {len(exercises)}')
         hint = HINTS.get(self.needs, here.hint)
+        if written == len(exercises):
+            hint = 'all is written: mend what the test names'
         out.write_line(f'  hint     {hint}\n  read     {here.read}\n  then     pytest, or pytest -k lesson{here.n:02}\n')
         test = inspect.unwrap(globals()[min(self.failed, key=lambda pair: pair[0])[1]])
         line = test.__code__.co_firstlineno
