@@ -4798,6 +4798,26 @@ def test_export_takes_the_wrapper_of_many_processes_away(tmp_path):
     assert ml.load_learner(learn.export()).parallel is None and learn.parallel is kept, "only in the file"
 
 
+class DistributedCallback(ml.Callback):
+    """Stands in for the one of lesson 13; no pickle could hold it."""
+
+    def __init__(self): self.f = lambda: 1
+
+
+def test_export_leaves_out_the_callback_of_many_processes(tmp_path):
+    learn = line_learner(path=tmp_path, loss_func=F.mse_loss, cbs=DistributedCallback())
+    loaded = ml.load_learner(learn.export())
+    assert not hasattr(loaded, 'distributed') and learn.distributed in learn.cbs, "there are no other processes where it is loaded"
+
+
+def test_weights_load_without_an_optimizer(tmp_path):
+    learn = line_learner(path=tmp_path)
+    learn.fit(1)
+    other = Line()
+    ml.load_model(learn.save('m'), other, None)
+    assert same(weights(other), weights(learn.model)), "the state of the optimizer is in the file, but nobody wants it"
+
+
 # =============================================================================================
 lesson("A shelf of callbacks", "TerminateOnNaNCallback.after_loss TrackerCallback.before_fit "
        "TrackerCallback.after_epoch EarlyStoppingCallback.before_fit "
@@ -5735,6 +5755,12 @@ def test_a_tracker_needs_the_recorder():
     learn = ml.Learner(line_dls(), Line(), F.mse_loss, default_cbs=False, cbs=[ml.TrainEvalCallback, ml.TrackerCallback()])
     with pytest.raises(ValueError, match='TrackerCallback needs the Recorder'):
         learn.fit(1)
+
+
+def test_nothing_is_best_before_an_epoch():
+    learn = line_learner(cbs=ml.TrackerCallback())
+    learn.fit(0)
+    assert learn.tracker.new_best is False and learn.tracker.best is None, "there was none to compare"
 
 
 # =============================================================================================
