@@ -2513,11 +2513,6 @@ def test_a_function_may_make_a_torch_optimizer():
     assert isinstance(learn.opt, ml.OptimWrapper) and learn.model.a.item() != 0.5, "what it returns is wrapped, then trains"
 
 
-def test_metrics_go_through_mk_metric():
-    with pytest.raises(TypeError, match="metric 'acc'"):
-        line_learner(metrics='acc')
-
-
 # =============================================================================================
 lesson("Metrics", "AvgMetric.reset AvgMetric.accumulate AvgMetric.batch_value "
        "AvgLoss.batch_value AvgSmoothLoss.accumulate AvgSmoothLoss.value ValueMetric.__init__ "
