@@ -5881,6 +5881,12 @@ def outcome(process, patience=150):
     return types.SimpleNamespace(returncode=process.returncode, stdout=out, stderr=err)
 
 
+def own_words(stderr):
+    """Of all that torchrun prints, what the first process that failed has said itself."""
+    said = re.findall(r'^(?:\[rank(\d+)\]: ?)+(.*)$', stderr, re.M)
+    return '\n'.join(text for rank, text in said if rank == said[0][0]) or stderr
+
+
 TOGETHER = """
 import os, warnings
 import torch, minilearner as ml
@@ -6023,9 +6029,10 @@ def started(tmp_path_factory):
 @pytest.fixture(scope='module', autouse=True)
 def started_early(request):
     """In the whole suite, they start before its first test, and run beside the others."""
-    is_wanted = any('started' in item.fixturenames for item in request.session.items)
-    if is_wanted and not IS_HANDOUT and not IN_WORKER:
-        request.getfixturevalue('started')
+    for name in ('started', 'readme_started'):
+        is_wanted = any(name in item.fixturenames for item in request.session.items)
+        if is_wanted and not IS_HANDOUT and not IN_WORKER:
+            request.getfixturevalue(name)
 
 
 @pytest.fixture(scope='module')
@@ -6033,7 +6040,7 @@ def together(started):
     """Results of one process, and of each of two, over the same data; and what they printed."""
     def result(n, folder, process):
         done = outcome(process)
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.returncode == 0, own_words(done.stderr)
         return folder, done, [torch.load(folder / f'result-{rank}', weights_only=True) for rank in range(n)]
     return [result(n, *run) for n, *run in zip((1, 2), *started)]
 
@@ -6166,7 +6173,8 @@ with learn.distrib_ctx():
     start = time.monotonic()
     done = outcome(torchrun(2, tmp_path, script))
     assert done.returncode != 0 and time.monotonic() - start < 30 + 20, "twenty seconds are for starting"
-    assert 'ValueError: something of its own' in done.stderr, "the exception is shown"
+    assert own_words(done.stderr).endswith('ValueError: something of its own'
+                                           '\nraised by the callback Callback in after_pred'), "the exception is shown"
 
 
 # =============================================================================================
@@ -6803,10 +6811,20 @@ def test_readme_script_runs_on_a_laptop(tmp_path, monkeypatch, capsys):
         "a header, a row, and a checkpoint to go on from"
 
 
-def test_readme_script_runs_in_several_processes(tmp_path):
-    done = outcome(torchrun(2, tmp_path, readme_script()))
+@pytest.fixture(scope='module')
+def readme_started(tmp_path_factory):
+    """Its script for several processes, in two: its folder, and what runs there."""
+    folder = tmp_path_factory.mktemp('readme')
+    process = torchrun(2, folder, readme_script())
+    yield folder, process
+    kill_all(process)
+
+
+def test_readme_script_runs_in_several_processes(readme_started):
+    folder, process = readme_started
+    done = outcome(process)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 2 and (tmp_path / 'models' / 'run.pth').exists(), done.stdout
+    assert len(done.stdout.splitlines()) == 2 and (folder / 'models' / 'run.pth').exists(), done.stdout
     assert 'trains alone' not in done.stderr, "torchrun has started it: no process may train alone"
 
 
