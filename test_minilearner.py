@@ -6174,8 +6174,7 @@ def test_nan_in_one_process_stops_all(together):
 def test_an_exception_in_one_process_ends_all(started):
     done = outcome(started[1][2], patience=50)      # twenty seconds are for starting
     assert done.returncode != 0, "nobody takes half a training for a whole one"
-    assert own_words(done.stderr).endswith('ValueError: something of its own'
-                                           '\nraised by the callback Callback in after_pred'), "the exception is shown"
+    assert 'ValueError: something of its own' in own_words(done.stderr), "the exception is shown"
 
 
 # =============================================================================================
