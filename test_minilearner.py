@@ -496,7 +496,7 @@ def test_two_seeds_are_two_seeds():
 
 def test_numbers_of_numpy_are_not_for_a_process_without_it(monkeypatch):
     import numpy
-    assert numpy
+    assert numpy, "imported, so that there is something to keep"
     state = ml.rng_state()
     monkeypatch.delitem(sys.modules, 'numpy')
     ml.set_rng_state(state)     # to import it would take half a second
@@ -1237,7 +1237,7 @@ def test_wrapper_freezes_clears_and_saves():
     assert len(opt.opt.state) == 1, "q alone was trained; its state is back"
     opt.clear_state()
     assert not opt.opt.state, "also after torch made a new dict for it"
-    assert q.grad is not None
+    assert q.grad is not None, "what trains still has the gradient of its step"
     opt.zero_grad()
     assert q.grad is None, "no gradient survives zero_grad"
 
