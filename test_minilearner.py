@@ -495,9 +495,9 @@ def test_two_seeds_are_two_seeds():
 
 
 def test_numbers_of_numpy_are_not_for_a_process_without_it(monkeypatch):
-    import numpy
-    assert numpy, "imported, so that there is something to keep"
+    pytest.importorskip('numpy')
     state = ml.rng_state()
+    assert 'numpy' in state, "somebody has imported it"
     monkeypatch.delitem(sys.modules, 'numpy')
     ml.set_rng_state(state)     # to import it would take half a second
     assert 'numpy' not in sys.modules, "what nobody uses needs no state"
@@ -1616,7 +1616,8 @@ def staged(body=int, cancel=ml.CancelBatchException, **handlers):
 
 
 def raising(kind):
-    def f(): raise kind
+    """A handler, or the body of a stage, that raises `kind`."""
+    def f(*args): raise kind
     return f
 
 
@@ -2376,7 +2377,7 @@ def test_weight_decay_of_a_fit_reaches_the_optimizer():
 @pytest.mark.parametrize('part', ['fit', 'epoch', 'train', 'batch', 'backward', 'step', 'validate'])
 def test_a_part_that_was_cancelled_is_not_completed(part):
     seen = []
-    def cancel(self): raise getattr(ml, f"Cancel{part.title().replace('idate', 'id')}Exception")
+    cancel = raising(getattr(ml, f"Cancel{part.title().replace('idate', 'id')}Exception"))
     def note(self): seen.append(self.completed)
     line_learner(cbs=ml.Callback(**{f'before_{part}': cancel, f'after_{part}': note})).fit(1)
     assert seen and not any(seen), "who looks in after_... must know that the part did not run"
@@ -2884,16 +2885,13 @@ def test_cancelled_batches_and_passes_are_not_recorded():
     learn.fit(1)
     assert len(learn.recorder.losses) == 2 and learn.recorder.iters == [2] and learn.train_iter == 4, \
         "a cancelled batch leaves no loss, but progress counts it"
-    def stop(kind):
-        def f(self): raise kind
-        return f
-    learn.fit(1, cbs=ml.Callback(before_validate=stop(ml.CancelValidException)))
+    learn.fit(1, cbs=ml.Callback(before_validate=raising(ml.CancelValidException)))
     assert learn.recorder.values[0][0] is not None and learn.recorder.values[0][1] is None, \
         "validation was cancelled: no value; the training pass keeps its own"
-    learn.fit(1, cbs=ml.Callback(before_train=stop(ml.CancelTrainException)))
+    learn.fit(1, cbs=ml.Callback(before_train=raising(ml.CancelTrainException)))
     assert learn.recorder.values[0][0] is None and learn.recorder.values[0][1] is not None, \
         "the other way round: no training loss, but a validation loss"
-    learn.fit(2, cbs=ml.Callback(before_epoch=stop(ml.CancelEpochException)))
+    learn.fit(2, cbs=ml.Callback(before_epoch=raising(ml.CancelEpochException)))
     assert learn.recorder.values == [], "an epoch that was skipped has no row"
 
 
@@ -4916,13 +4914,19 @@ def test_gradient_clip():
     assert max(norms) == pytest.approx(0.1, rel=1e-3), "the norm over all parameters together, cut before the step"
 
 
+class NoLength:
+    """A loader that does not tell how many batches come."""
+
+    def __init__(self, batches): self.batches = batches
+
+    def __iter__(self): return iter(self.batches)
+
+
 @pytest.mark.parametrize('with_length', [True, False])
 @pytest.mark.parametrize('bs, n_acc', [(4, 16), (4, 10), (3, 7)])
 def test_accumulated_gradients_equal_one_large_batch(bs, n_acc, with_length):
     x, y = line_data(40)
     small = [(x[i:i + bs], y[i:i + bs]) for i in range(0, 40, bs)]
-    class NoLength:
-        def __iter__(self): return iter(small)
     windows, rows = [], 0
     for xb, yb in small:
         if not windows or rows >= n_acc:
@@ -4936,7 +4940,7 @@ def test_accumulated_gradients_equal_one_large_batch(bs, n_acc, with_length):
         learn.fit(2)
         return learn
     one = run(large, [])
-    acc = run(small if with_length else NoLength(), [ml.GradientAccumulation(n_acc)])
+    acc = run(small if with_length else NoLength(small), [ml.GradientAccumulation(n_acc)])
     for a, b in zip(weights(one.model), weights(acc.model)):
         assert torch.allclose(a, b, rtol=1e-6, atol=1e-7), "also the last, smaller window"
     first = F.mse_loss(Line()(small[0][0]), small[0][1])
@@ -5724,14 +5728,12 @@ def test_accumulation_passes_over_what_has_no_gradient():
 
 
 def test_a_flush_without_its_step_leaves_the_pass_complete():
-    class NoLength:
-        def __iter__(self): return iter([line_data(4)] * 3)
     flushed = []
     def before_step(self):
         if self.gradient_accumulation.flushing:
             flushed.append(True)
             raise ml.CancelStepException
-    learn = line_learner(ml.DataLoaders(NoLength(), device='cpu'),
+    learn = line_learner(ml.DataLoaders(NoLength([line_data(4)] * 3), device='cpu'),
                          cbs=[ml.GradientAccumulation(8), ml.Callback(before_step=before_step)])
     learn.fit(1)
     assert flushed == [True] and learn.final_record[0] is not None, "the step was skipped, not the epoch: it has its row"
@@ -6890,7 +6892,7 @@ def test_methods_and_functions_agree_about_arguments_and_defaults():
 
 def test_an_argument_has_one_default_in_a_family():
     def defaults(f):
-        return {k: p.default for k, p in __import__('inspect').signature(f).parameters.items()
+        return {k: p.default for k, p in inspect.signature(f).parameters.items()
                 if p.default is not p.empty}
     for family in [(ml.TrackerCallback, ml.EarlyStoppingCallback, ml.SaveModelCallback),
                    (ml.lr_find, ml.LRFinder), (ml.Recorder, ml.AvgSmoothLoss), (ml.accuracy, ml.error_rate),
@@ -7257,9 +7259,8 @@ class Guide:
                 out.write_line(f'  write    minilearner.py:{line:<5} {name}{mark}', bold=bool(mark))
         written = sum(not is_blank for _, is_blank in exercises.values())
         out.write_line(f'  written  {written} of {len(exercises)}')
-        hint = HINTS.get(self.needs, here.hint)
-        if written == len(exercises):
-            hint = 'all is written: mend what the test names'
+        is_written = written == len(exercises)
+        hint = 'all is written: mend what the test names' if is_written else HINTS.get(self.needs, here.hint)
         out.write_line(f'  hint     {hint}\n  read     {here.read}\n  then     pytest, or pytest -k lesson{here.n:02}\n')
         test = inspect.unwrap(globals()[min(self.failed, key=lambda pair: pair[0])[1]])
         line = test.__code__.co_firstlineno

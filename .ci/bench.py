@@ -7,9 +7,9 @@
     python .ci/bench.py --device cuda
 
 Each line is a ratio of two times, measured in turns: the one, the other, and again, five
-times in each round (--quick: three), so that both see the same machine. Shown are the minimum, median and
-maximum of the ratios of all rounds, and the figure that the median should reach. Nothing
-here fails.
+times in each round (--quick: three), so that both see the same machine. Shown are the
+minimum, median and maximum of the ratios of all rounds, and the figure that the median
+should reach. Nothing here fails.
 
   loop        Learner with its defaults (recorder, table into nowhere) and one metric, by
               training batch and by validation batch, against a hand-written loop with
