@@ -1135,10 +1135,12 @@ def sort_callbacks(cbs):
         return a is not b and (isinstance(b, before) or isinstance(a, after))
     waiting, ordered = sorted(cbs, key=lambda cb: cb.order), []
     while waiting:
-        free = [b for b in waiting if not any(precedes(a, b) for a in waiting)]
-        check(free, f"run_before and run_after of {waiting} contradict each other")
-        ordered.append(free[0])
-        waiting.remove(free[0])
+        free = (b for b in waiting if not any(precedes(a, b) for a in waiting))
+        cb = next(free, None)
+        what = f"run_before and run_after of {waiting} contradict each other"
+        check(cb is not None, what)
+        ordered.append(cb)
+        waiting.remove(cb)
     return ordered
 
 class TrainEvalCallback(Callback):
@@ -1392,11 +1394,12 @@ class Learner:
         for cb in cbs:
             check(isinstance(cb, Callback), f"{cb!r} is no callback", TypeError)
         taken = {*dir(type(self)), *vars(self)} - {cb.name for cb in self._cbs}
+        kinds = {}
         for i, cb in enumerate(cbs):
-            kinds = {type(o) for o in cbs if o.name == cb.name}
+            name = cb.name
             check(cb not in cbs[:i], f"{cb!r} is there already: add another object")
-            free = cb.name not in taken and len(kinds) == 1
-            check(free, f"{cb!r}: the name {cb.name!r} is taken; rename its class")
+            free = name not in taken and kinds.setdefault(name, type(cb)) is type(cb)
+            check(free, f"{cb!r}: the name {name!r} is taken; rename its class")
         for cb in self._cbs:
             cb.learn = None
             vars(self).pop(cb.name, None)

@@ -160,8 +160,12 @@ class TinyRNN(nn.Module):
         return h.sum((1, 2), keepdim=True)[:, 0], [h], [h]
 
 
+# torch.manual_seed takes 3 ms to note the seed for GPUs, even where there are none
+seed_cpu = torch.default_generator.manual_seed
+
+
 def small_net(seed=0, n_in=10, n_out=3):
-    torch.manual_seed(seed)
+    seed_cpu(seed)
     return nn.Sequential(nn.Linear(n_in, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, n_out))
 
 
@@ -209,6 +213,56 @@ class RaiseAt(ml.Callback):
 
 for _name in ml.EVENTS:
     setattr(RaiseAt, _name, lambda self, _name=_name: self.see(_name))
+
+
+# ------------------------------------------------------- processes that run beside the tests
+
+@pytest.fixture(scope='session')
+def background():
+    """Starts a command which gives way to the tests that run meanwhile; in the end, none is left."""
+    processes = []
+
+    def start(*command, cwd, nice=19, **env):
+        def give_way():
+            os.setpgrp()    # a group of its own, so that `kill_all` reaches all of it
+            os.nice(nice)
+        processes.append(subprocess.Popen(
+            map(str, command), cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, 'PYTHONPATH': str(HERE), 'OMP_NUM_THREADS': '1', **env},
+            preexec_fn=give_way if hasattr(os, 'setpgrp') else None))
+        return processes[-1]
+    yield start
+    for process in processes:
+        kill_all(process)
+
+
+@pytest.fixture(scope='session', autouse=True)
+def started_early(request):
+    """In the whole suite, they start before its first test: to start is what takes longest."""
+    for name in ('gathering', 'killed', 'together_started', 'readme_started'):
+        is_wanted = any(name in item.fixturenames for item in request.session.items)
+        if is_wanted and not IS_HANDOUT and not IN_WORKER:
+            request.getfixturevalue(name)
+
+
+def kill_all(process):
+    """End a process that leads a group of its own, and those that it has started."""
+    if process.poll() is None:
+        (os.killpg(process.pid, signal.SIGKILL) if hasattr(os, 'killpg') else process.kill())
+        process.wait()
+
+
+def outcome(process, patience=150):
+    """What the processes printed and how they ended; they must not wait for each other for ever."""
+    try:
+        out, err = process.communicate(timeout=patience)
+    except subprocess.TimeoutExpired:
+        kill_all(process)
+        raise AssertionError("the processes wait for each other: not all of them gather, or a second process group was made")
+    blank = BLANK.search(err)
+    if blank:
+        raise NotImplementedError(blank[0])
+    return types.SimpleNamespace(returncode=process.returncode, stdout=out, stderr=err)
 
 
 # =============================================================================================
@@ -348,11 +402,10 @@ def test_to_detach_from_dl_asks_the_loader_first():
 
 
 GATHER = """
-import sys, torch, torch.distributed as dist
-sys.path.insert(0, sys.argv[1])
+import os, sys, torch, torch.distributed as dist
 import minilearner as ml
-rank = int(sys.argv[2])
-dist.init_process_group('gloo', init_method='file://' + sys.argv[3], rank=rank, world_size=2)
+rank = int(sys.argv[1])
+dist.init_process_group('gloo', init_method='file://' + os.path.abspath('meet'), rank=rank, world_size=2)
 b = (torch.full((2, 3), float(rank)), torch.tensor(float(rank)))
 rows, scalars = ml.to_detach(b)
 assert rows.shape == (4, 3) and rows[:, 0].tolist() == [0, 0, 1, 1], rows
@@ -362,12 +415,16 @@ dist.destroy_process_group()
 """
 
 
-def test_to_detach_joins_the_rows_of_two_processes(tmp_path):
-    args = [sys.executable, '-c', GATHER, str(HERE)]
-    procs = [subprocess.Popen([*args, str(rank), str(tmp_path / 'meet')], text=True,
-                              stderr=subprocess.PIPE) for rank in (0, 1)]
-    errors = [p.communicate(timeout=150)[1] for p in procs]
-    assert [p.returncode for p in procs] == [0, 0], errors
+@pytest.fixture(scope='session')
+def gathering(background, tmp_path_factory):
+    """Two processes which meet over a file; a test at the beginning waits for them."""
+    folder = tmp_path_factory.mktemp('gather')
+    return [background(sys.executable, '-c', GATHER, rank, cwd=folder, nice=0) for rank in (0, 1)]
+
+
+def test_to_detach_joins_the_rows_of_two_processes(gathering):
+    ends = [outcome(process) for process in gathering]
+    assert [done.returncode for done in ends] == [0, 0], [done.stderr for done in ends]
 
 
 def test_find_bs_is_the_rows_of_the_first_tensor():
@@ -5167,10 +5224,9 @@ def test_float16_on_cuda(tmp_path):
 
 KILLED = """
 import mmap, os, random, signal, sys, time
-sys.path.insert(0, sys.argv[1])
 import torch, minilearner as ml
 from torch import nn
-folder, n_kills, seed = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+folder, n_kills, seed = os.getcwd(), int(sys.argv[1]), int(sys.argv[2])
 moment = mmap.mmap(-1, 1)               # shared with the children: where the training is
 
 class Moments(ml.Callback):
@@ -5263,18 +5319,24 @@ def equal(a, b):
     return a == b
 
 
-@pytest.mark.skipif(not hasattr(os, 'fork'), reason="kills forked processes")
-def test_a_training_that_was_killed_anywhere_ends_with_the_same_bits(tmp_path):
+@pytest.fixture(scope='session')
+def killed(background, tmp_path_factory):
+    """The folder of a training that is killed and resumed, and what runs there."""
     # on demand: KILLS=30 python -m pytest -k killed_anywhere -s
-    n_kills = os.environ.get('KILLS', '6')
-    done = subprocess.run([sys.executable, '-c', KILLED, str(HERE), str(tmp_path), n_kills, '0'],
-                          capture_output=True, text=True)
+    folder = tmp_path_factory.mktemp('killed')
+    return folder, background(sys.executable, '-c', KILLED, os.environ.get('KILLS', '6'), '0', cwd=folder)
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason="kills forked processes")
+def test_a_training_that_was_killed_anywhere_ends_with_the_same_bits(killed):
+    folder, process = killed
+    done = outcome(process, patience=600)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
-    whole, killed = torch.load(tmp_path / 'both', weights_only=True)
+    whole, resumed = torch.load(folder / 'both', weights_only=True)
     names = ['model', 'optimizer', 'values', 'lrs', 'losses', 'iters', 'hps', 'train_iter', 'best', 'scaler',
              'random numbers', 'validate']
-    differ = [name for name, a, b in zip(names, whole, killed) if not equal(a, b)]
+    differ = [name for name, a, b in zip(names, whole, resumed) if not equal(a, b)]
     assert not differ, f"resumed and uninterrupted training differ in {differ}"
 
 
@@ -5854,35 +5916,6 @@ def test_several_processes_need_a_device_that_torch_can_join(monkeypatch):
     assert not hasattr(learn, 'distributed'), "refused before a callback was added"
 
 
-def kill_all(process):
-    """End a process that leads a session of its own, and those that it has started."""
-    if process.poll() is None:
-        (os.killpg(process.pid, signal.SIGKILL) if hasattr(os, 'killpg') else process.kill())
-        process.wait()
-
-
-def torchrun(n, folder, script):
-    """Start a script, which is written into the folder, in `n` processes."""
-    (folder / 'script.py').write_text(script)
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(n), 'script.py']
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(HERE)}
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env=env, start_new_session=True)
-
-
-def outcome(process, patience=150):
-    """What the processes printed and how they ended; they must not wait for each other for ever."""
-    try:
-        out, err = process.communicate(timeout=patience)
-    except subprocess.TimeoutExpired:
-        kill_all(process)
-        raise AssertionError("the processes wait for each other: not all of them gather, or a second process group was made")
-    blank = BLANK.search(err)
-    if blank:
-        raise NotImplementedError(blank[0])
-    return types.SimpleNamespace(returncode=process.returncode, stdout=out, stderr=err)
-
-
 def own_words(stderr):
     """Of all that torchrun prints, what the first process that failed has said itself."""
     said = re.findall(r'^(?:\[rank(\d+)\]: ?)+(.*)$', stderr, re.M)
@@ -6015,45 +6048,37 @@ with learn.distrib_ctx():
     learn.fit(1, cbs=ml.TerminateOnNaNCallback)
 result['nan'] = learn.train_iter, all(p.isfinite().all() for p in learn.model.parameters())
 torch.save(result, os.path.join(folder, f'result-{rank}'))
-"""
 
-
-FAILING = TOGETHER.split('# 37 rows')[0] + """
-def fail(self):
+def fail(self):                                                         # in the end, one of two fails
     if rank == 1 and self.iter == 2 and self.epoch == 1: raise ValueError('something of its own')
-learn = learner('fails', cbs=[ml.Callback(after_pred=fail), ml.SaveModelCallback()])    # it would load the best
+learn = learner('fails', cbs=[ml.Callback(after_pred=fail), ml.SaveModelCallback(fname='best')])    # it would load it
 with learn.distrib_ctx():
     learn.fit(2)
 """
 
 
-@pytest.fixture(scope='module')
-def started(tmp_path_factory):
-    """TOGETHER in one process and in two, and FAILING in two, all at once: to start takes longest."""
-    folders = [tmp_path_factory.mktemp(name) for name in ('one', 'two', 'failing')]
-    runs = [torchrun(*args) for args in zip((1, 2, 2), folders, (TOGETHER, TOGETHER, FAILING))]
-    yield folders, runs
-    for process in runs:
-        kill_all(process)
+def torchrun(background, n, folder, script):
+    """Start a script, which is written into the folder, in `n` processes."""
+    (folder / 'script.py').write_text(script)
+    return background(sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', n,
+                      'script.py', cwd=folder)
 
 
-@pytest.fixture(scope='module', autouse=True)
-def started_early(request):
-    """In the whole suite, they start before its first test, and run beside the others."""
-    for name in ('started', 'readme_started'):
-        is_wanted = any(name in item.fixturenames for item in request.session.items)
-        if is_wanted and not IS_HANDOUT and not IN_WORKER:
-            request.getfixturevalue(name)
+@pytest.fixture(scope='session')
+def together_started(background, tmp_path_factory):
+    """TOGETHER in one process and in two: of each, the folder and what runs there."""
+    folders = [tmp_path_factory.mktemp(name) for name in ('one', 'two')]
+    return [(folder, torchrun(background, n, folder, TOGETHER)) for n, folder in zip((1, 2), folders)]
 
 
-@pytest.fixture(scope='module')
-def together(started):
+@pytest.fixture(scope='session')
+def together(together_started):
     """Results of one process, and of each of two, over the same data; and what they printed."""
     def result(n, folder, process):
-        done = outcome(process)
-        assert done.returncode == 0, own_words(done.stderr)
-        return folder, done, [torch.load(folder / f'result-{rank}', weights_only=True) for rank in range(n)]
-    return [result(n, *run) for n, *run in zip((1, 2), *started)]
+        done, files = outcome(process), [folder / f'result-{rank}' for rank in range(n)]
+        assert all(file.exists() for file in files), own_words(done.stderr)
+        return folder, done, [torch.load(file, weights_only=True) for file in files]
+    return [result(n, *run) for n, run in zip((1, 2), together_started)]
 
 
 def nearly(a, b):
@@ -6173,8 +6198,9 @@ def test_nan_in_one_process_stops_all(together):
     assert [r['nan'] for r in two] == [(1, True), (1, True)], "after one batch, before its step"
 
 
-def test_an_exception_in_one_process_ends_all(started):
-    done = outcome(started[1][2], patience=50)      # twenty seconds are for starting
+def test_an_exception_in_one_process_ends_all(together):
+    (_, alone, _), (_, done, _) = together
+    assert alone.returncode == 0, own_words(alone.stderr)
     assert done.returncode != 0, "nobody takes half a training for a whole one"
     assert 'ValueError: something of its own' in own_words(done.stderr), "the exception is shown"
 
@@ -6454,10 +6480,6 @@ def test_document_chapter_16_trains_with_every_optimizer():
 lesson("Trust", "", hint="what it promises holds when things go wrong", read="README")
 
 
-# torch.manual_seed takes 3 ms to note the seed for GPUs, even where there are none
-seed_cpu = torch.default_generator.manual_seed
-
-
 def trust_learner(model=None, **kwargs):
     """Batch norm, dropout and momentum: whatever is not put back will show."""
     seed_cpu(0)
@@ -6469,9 +6491,15 @@ def trust_learner(model=None, **kwargs):
     return learn
 
 
-WAYS_IN = {'fit': lambda learn: learn.fit(1), 'fit_one_cycle': lambda learn: learn.fit_one_cycle(1),
+WAYS_IN = {'fit_one_cycle': lambda learn: learn.fit_one_cycle(1),
            'lr_find': lambda learn: learn.lr_find(num_it=4, show_plot=False),
            'validate': lambda learn: learn.validate(), 'get_preds': lambda learn: learn.get_preds(with_loss=True)}
+
+
+IN_VALIDATION = [(e, t) for e, t in PLACES if t is False or e.endswith('_validate')]
+IN_TRAINING = [(e, t) for e, t in PLACES if t is not False and e != 'before_validate']
+PLACES_OF = {'fit_one_cycle': PLACES, 'lr_find': IN_TRAINING,
+             'validate': IN_VALIDATION, 'get_preds': IN_VALIDATION}
 
 
 class WatchGraph(ml.Callback):
@@ -6490,8 +6518,7 @@ class WatchGraph(ml.Callback):
         return [ref() for ref in self.refs if ref() is not None and ref().grad_fn is not None]
 
 
-@pytest.mark.parametrize('event, training', PLACES)
-@pytest.mark.parametrize('way', WAYS_IN)
+@pytest.mark.parametrize('way, event, training', [(way, *place) for way in WAYS_IN for place in PLACES_OF[way]])
 def test_whatever_interrupts_anything_anywhere_leaves_a_learner_as_good_as_new(way, event, training):
     for make_error in KINDS.values():
         learn, watch, raiser = trust_learner(), WatchGraph(), RaiseAt(event, make_error('on purpose'), training)
@@ -6506,6 +6533,7 @@ def test_whatever_interrupts_anything_anywhere_leaves_a_learner_as_good_as_new(w
                 "the traceback names the callback and the event"
         raiser.error.__traceback__ = None      # it holds the frames, and these the graph
         what = f"{make_error.__name__} at {event} in {way}"
+        assert raiser.done, what
         assert learn.cbs == before[0] and all(cb.learn is learn for cb in learn.cbs), what
         assert learn.loss_func is before[1] and learn.loss_func.reduction == 'mean', what
         assert torch.is_grad_enabled() and not torch.is_autocast_enabled() and not watch.alive(), what
@@ -6813,13 +6841,11 @@ def test_readme_script_runs_on_a_laptop(tmp_path, monkeypatch, capsys):
         "a header, a row, and a checkpoint to go on from"
 
 
-@pytest.fixture(scope='module')
-def readme_started(tmp_path_factory):
+@pytest.fixture(scope='session')
+def readme_started(background, tmp_path_factory):
     """Its script for several processes, in two: its folder, and what runs there."""
     folder = tmp_path_factory.mktemp('readme')
-    process = torchrun(2, folder, readme_script())
-    yield folder, process
-    kill_all(process)
+    return folder, torchrun(background, 2, folder, readme_script())
 
 
 def test_readme_script_runs_in_several_processes(readme_started):
