@@ -1348,10 +1348,10 @@ class Learner:
 
     def _fire(self, name):
         """Call `name` on the callbacks that define it; note on errors who raised."""
-        handlers = self._handlers.get(name)
-        if handlers is None:
-            handlers = self._handlers[name] = self.ordered_cbs(name)
-        for cb in handlers:
+        if not self._handlers:
+            ordered = sort_callbacks(self.cbs)
+            self._handlers = {k: [cb for cb in ordered if cb.defines(k)] for k in EVENTS}
+        for cb in self._handlers[name]:
             try:
                 if cb.learn is self:    # it may have been removed by the one before
                     cb(name)
