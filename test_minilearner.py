@@ -246,10 +246,12 @@ def started_early(request):
 
 
 def kill_all(process):
-    """End a process that leads a group of its own, and those that it has started."""
-    if process.poll() is None:
-        (os.killpg(process.pid, signal.SIGKILL) if hasattr(os, 'killpg') else process.kill())
-        process.wait()
+    """End a process that leads a group of its own; torchrun, if it is asked, ends those that it has started."""
+    for name in ('SIGTERM', 'SIGKILL'):
+        if process.poll() is None:
+            (os.killpg(process.pid, getattr(signal, name)) if hasattr(os, 'killpg') else process.kill())
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=60)
 
 
 def outcome(process, patience=150):
@@ -7461,6 +7463,7 @@ def run_and_tell(folder, patience, results):
 
 
 def tell(log, *args):
+    signal.signal(signal.SIGTERM, signal.default_int_handler)       # so that pytest ends what it has started
     return pytest.main([*args, Path(__file__).name], plugins=[Tell(log)])
 
 
