@@ -6978,7 +6978,7 @@ HINTS = {
     'Callback.__setattr__': "warn if the learner has k and Callback itself has not; set it all the same",
     'sort_callbacks': "by `order`, then take the first whom no waiting one has to precede, again and again",
     'Learner.__init__': "store the arguments under their names; callbacks last, when all that they may ask for is there",
-    'Learner.cbs': "check everything first, then take the old ones out, then put the new ones in, also as attributes",
+    'Learner.cbs': "two bodies; the setter: check everything, then take the old ones out, then put the new ones in",
     'TrainEvalCallback.before_fit': "epoch, train_iter, pct_train, loss; a loss that is a module may have weights to move",
     'TrainEvalCallback.before_train': "NORM_LAYERS lists the kinds; frozen is one of which no parameter requires a gradient",
     'TrainEvalCallback.before_validate': "the mode of the model, and learn.training for everybody else",
@@ -7213,10 +7213,14 @@ class Guide:
                 lambda frame: Path(frame.path).resolve() in ours) or info.traceback)
         if lost:
             hint = f"minilearner.py has no {', '.join(lost)} any more: was it renamed or deleted?"
-        if own.n not in self.handed and not hint:
-            hint = f"lesson {own.n} was given, and is right: look for the error in lessons {self.handed}"
+        hint = hint or self.elsewhere(own)
         if hint or IN_WORKER:
             report.sections.append(('hint', hint or HINTS.get(self.needs, own.hint)))
+
+    def elsewhere(self, one):
+        """Where to look for an error, if it cannot be in this lesson."""
+        if one.n not in self.handed:
+            return f"lesson {one.n} was given, and is right: look for the error in lessons {self.handed}"
 
     def pytest_runtest_logreport(self, report):
         name = report.nodeid.partition('::')[2].partition('[')[0]
@@ -7290,7 +7294,7 @@ class Guide:
         out.write_line(f'  written  {written} of {len(exercises)}')
         is_written = written == len(exercises)
         hint = 'all is written: mend what the test names' if is_written else HINTS.get(self.needs, here.hint)
-        out.write_line(f'  hint     {hint}\n  read     {here.read}\n  then     pytest, or pytest -k lesson{here.n:02}\n')
+        out.write_line(f'  hint     {self.elsewhere(here) or hint}\n  read     {here.read}\n  then     pytest, or pytest -k lesson{here.n:02}\n')
         test = inspect.unwrap(globals()[min(self.failed, key=lambda pair: pair[0])[1]])
         line = test.__code__.co_firstlineno
         out.write_line(f'The test that waits, test_minilearner.py:{line}:\n\n{inspect.getsource(test).rstrip()}\n')
