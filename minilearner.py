@@ -239,11 +239,15 @@ def to_detach_from_dl(learn, b, cpu=True, gather=True):
     """`to_detach` of the learner's current loader, if it has one, else the function."""
     return getattr(learn.dl, 'to_detach', to_detach)(b, cpu=cpu, gather=gather)
 
-def find_bs(b):
-    """Batch size of `b`: the rows of its first, innermost item; 1 without a shape."""
+def first_item(b):
+    """What comes first in `b`, in the innermost of nested tuples, lists and dicts."""
     while isinstance(b, (tuple, list, dict)) and b:
         b = next(iter(b.values())) if isinstance(b, dict) else b[0]
-    shape = getattr(b, 'shape', ())
+    return b
+
+def find_bs(b):
+    """Batch size of `b`: the rows of its first item; 1 without a shape."""
+    shape = getattr(first_item(b), 'shape', ())
     return shape[0] if shape else 1
 
 def set_seed(s, reproducible=False):
@@ -1350,7 +1354,8 @@ class Learner:
         """Call `name` on the callbacks that define it; note on errors who raised."""
         if not self._handlers:
             ordered = sort_callbacks(self.cbs)
-            self._handlers = {k: [cb for cb in ordered if cb.defines(k)] for k in EVENTS}
+            self._handlers = {event: [cb for cb in ordered if cb.defines(event)]
+                              for event in EVENTS}
         for cb in self._handlers[name]:
             try:
                 if cb.learn is self:    # it may have been removed by the one before
@@ -1795,10 +1800,11 @@ class ObjectMetric(Metric):
         self.metric, self.reset = metric, metric.reset
 
     def accumulate(self, learn):
-        """Update the object, on the device of the prediction."""
+        """Update the object with what has no graph, on the device of the prediction."""
         pred = map_tensors(torch.detach, learn.pred)
-        if hasattr(self.metric, 'to') and hasattr(pred, 'device'):
-            self.metric.to(pred.device)
+        device = getattr(first_item(pred), 'device', None)
+        if hasattr(self.metric, 'to') and device:
+            self.metric.to(device)
         self.metric.update(pred, *learn.yb)
 
     value = property(lambda self: self.metric.compute())
@@ -1838,12 +1844,14 @@ class Recorder(Callback):
     """Keeps losses, learning rates and metrics; gives the logger a row for every epoch.
 
     add_time: end the row with the time, 'mm:ss'.
-    train_metrics, valid_metrics: whether metrics are computed in that pass.
+    train_metrics, valid_metrics: whether metrics are computed in that pass, beside the
+      loss, which always is.
     beta: weight of the past in the smoothed training loss (0 to below 1), which is
       `learn.smooth_loss` and, at an epoch's end, the column train_loss.
     losses, lrs: smoothed loss (0-d) and rate of the last group, by training batch.
     iters: training batches up to each epoch's end.
-    metric_names: titles of `log`, the newest row.
+    metric_names: titles of `log`, the newest row; with train_metrics, those of metrics
+      begin with train_ or valid_.
     values: all rows, without epoch and time, `learn.final_record` being the last; None
       is where a cancelled pass has left no value.
     """
@@ -1997,7 +2005,7 @@ def new_axes(n=1, figsize=None):
     return plt.subplots(1, n, squeeze=False, figsize=figsize, layout='constrained')[1]
 
 def format_time(seconds):
-    """'mm:ss', or 'h:mm:ss' from an hour on."""
+    """'mm:ss', or 'h:mm:ss' from an hour on, rounded."""
     minutes, s = divmod(round(seconds), 60)
     h, m = divmod(minutes, 60)
     return f'{h}:{m:02}:{s:02}' if h else f'{m:02}:{s:02}'
@@ -2039,7 +2047,8 @@ class ProgressCallback(Callback):
     def bar_text(self, seconds):
         """'epoch 1/3 train |####      | 4/10, 00:02 left, 3 batches/s, loss 0.1234'.
 
-        seconds: since the pass began. What is unknown (length, loss) is left out.
+        seconds: since the pass began. What is unknown is left out: without length and
+        loss it is 'epoch 1/3 train, 3 batches/s'.
         """
         done, total, loss = self.iter + 1, self.n_iter, self.learn.smooth_loss
         phase = 'train' if self.training else 'valid'
@@ -2051,7 +2060,7 @@ class ProgressCallback(Callback):
         return text if loss is None else f'{text}, loss {float(loss):.4f}'
 
     def draw(self, text):
-        """Put `text` over the line that was drawn last; '' wipes it."""
+        """Put `text`, cut to the terminal's width, over the last one; '' wipes it."""
         text = text[:shutil.get_terminal_size().columns - 1]
         if text or self.drawn:
             padded = text.ljust(len(self.drawn))
@@ -2059,7 +2068,7 @@ class ProgressCallback(Callback):
         self.drawn = text
 
     def write_row(self, row):
-        """Wipe the bar, print the cells; columns are at least 10 wide (epoch: 5)."""
+        """Wipe the bar, print the cells, 10 wide or more (epoch: 5), 2 spaces apart."""
         self.draw('')
         widths = [max(len(name), 5 if name == 'epoch' else 10)
                   for name in self.recorder.metric_names]
@@ -2068,7 +2077,8 @@ class ProgressCallback(Callback):
 def format_cell(v, width):
     """A cell of the table, in one line, to the right.
 
-    Floats with six decimals; what does not fit is shortened; None is empty.
+    Floats with six decimals, or as 1.23e+04 if these do not fit; others are cut; None
+    is empty.
     """
     if isinstance(v, float):
         text = f'{v:.6f}' if len(f'{v:.6f}') <= width else f'{v:.2e}'
