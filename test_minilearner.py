@@ -7256,14 +7256,14 @@ class Guide:
                 lambda frame: Path(frame.path).resolve() in ours) or info.traceback)
         if lost:
             hint = f"minilearner.py has no {', '.join(lost)} any more: was it renamed or deleted?"
-        hint = hint or self.elsewhere(own)
-        if hint or IN_WORKER:
-            report.sections.append(('hint', hint or HINTS.get(self.needs, own.hint)))
+        if hint or IN_WORKER or own.n not in self.handed:
+            report.sections.append(('hint', hint or self.hint_of(own)))
 
-    def elsewhere(self, one):
-        """Where to look for an error, if it cannot be in this lesson."""
+    def hint_of(self, one):
+        """What helps to write what a test of a lesson needs; or to find what is wrong."""
         if one.n not in self.handed:
             return f"lesson {one.n} was given, and is right: look for the error in lessons {self.handed}"
+        return HINTS.get(self.needs, one.hint) if self.needs else "no blank is in the way: mend what the test says"
 
     def pytest_runtest_logreport(self, report):
         name = report.nodeid.partition('::')[2].partition('[')[0]
@@ -7335,9 +7335,7 @@ class Guide:
                 out.write_line(f'  write    minilearner.py:{line:<5} {name}{mark}', bold=bool(mark))
         written = sum(not is_blank for _, is_blank in exercises.values())
         out.write_line(f'  written  {written} of {len(exercises)}')
-        is_written = written == len(exercises)
-        hint = 'all is written: mend what the test names' if is_written else HINTS.get(self.needs, here.hint)
-        out.write_line(f'  hint     {self.elsewhere(here) or hint}\n  read     {here.read}\n  then     pytest, or pytest -k lesson{here.n:02}\n')
+        out.write_line(f'  hint     {self.hint_of(here)}\n  read     {here.read}\n  then     pytest, or pytest -k lesson{here.n:02}\n')
         test = inspect.unwrap(globals()[min(self.failed, key=lambda pair: pair[0])[1]])
         line = test.__code__.co_firstlineno
         out.write_line(f'The test that waits, test_minilearner.py:{line}:\n\n{inspect.getsource(test).rstrip()}\n')
