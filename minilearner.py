@@ -991,6 +991,7 @@ class OptimWrapper(Optimizer):
 #
 # What has begun ends with its `after_...`, even if an error passes through. A Cancel
 # exception ends a part early: then `after_cancel_...` comes just before `after_...`.
+# Without targets (an empty yb) a batch has no loss, and nothing to learn from.
 # `after_create` comes once, at the end of the Learner's __init__.
 #
 # A callback reads and changes what the Learner has: xb, yb (x, y), pred, loss; model,
@@ -1210,8 +1211,8 @@ class Learner:
     default_cbs: False leaves out `defaults.callbacks`.
     At first it is in epoch 0 of 1, its loss a tensor of 0, n_iter and opt are None.
     `parallel` is what trains in place of the model in `distrib_ctx`, else None.
-    Raises: TypeError for data that are no DataLoaders, ValueError for a missing loss
-    function or a bad rate.
+    Raises: TypeError for data that are no DataLoaders, ValueError for a loss function
+    that is missing or cannot be called, or a bad rate.
     Source: fastai's documentation of Learner.
     """
     def __init__(self, dls, model, loss_func=None, opt_func=Adam, lr=defaults.lr,
@@ -1244,7 +1245,8 @@ class Learner:
         lr, wd: as in `Optimizer.set_hyper`; default: those of the Learner.
         cbs: callbacks for this fit only.
         reset_opt: begin with a new optimizer.
-        start_epoch: leave out the epochs before; schedules go on as if they had run.
+        start_epoch: leave out the epochs before, 0 to n_epoch; schedules go on as if
+          they had run.
         Raises: ValueError for bad values; whatever callbacks, model and loaders raise.
         """
         ok = hasattr(n_epoch, '__index__') and 0 <= start_epoch <= n_epoch
@@ -1325,6 +1327,7 @@ class Learner:
     def _stage(self, name, body, cancel):
         """Fire before_<name>, run `body`, fire after_<name>; `cancel` ends it early.
 
+        A `cancel` that is raised in after_<name> comes too late, and goes on.
         In after_<name>, `self.completed` says whether the part ran to its end, and
         `self.failing` whether an error passes through. Of two errors the first goes on,
         with a note of the second; a Cancel gives way to whatever comes later.
@@ -1476,7 +1479,7 @@ class Learner:
     init_args = property(gather_args)
 
     def create_opt(self):
-        """Make `self.opt` for the model, splitter and opt_func of the moment."""
+        """Make `self.opt` for the model, on its device, with splitter and opt_func."""
         self.model.to(self.dls.device)    # first, so that its state lands there, too
         make = self.opt_func
         self.lr = getattr(make, 'keywords', {}).get('lr', self.lr)
@@ -1987,7 +1990,7 @@ class Recorder(Callback):
         """Draw the loss by learning rate, as `lr_find` left it; returns the axes.
 
         skip_end: leave out so many batches, when the loss explodes. suggestions: what
-        `lr_find` returned, to mark.
+        `lr_find` returned, to mark as points of the curve.
         """
         ax, n = ax or new_axes()[0, 0], max(1, len(self.losses) - skip_end)
         ax.plot(self.lrs[:n], [float(loss) for loss in self.losses[:n]])
@@ -2136,7 +2139,9 @@ def SchedPoly(start, end, power):
 def combine_scheds(pcts, scheds):
     """Play schedules one after another; `pcts` are their shares and sum to 1.
 
-    Each sees `pos` from 0 to 1 of its own part. Raises: ValueError for bad shares.
+    Each sees `pos` from 0 to 1 of its own part. At a border the next one begins; an empty
+    part at the end is played at 1 alone, with its own 1.
+    Raises: ValueError for bad shares.
     """
     ok = all(pct >= 0 for pct in pcts) and abs(sum(pcts) - 1) < 1e-6
     ok = ok and len(pcts) == len(scheds)
@@ -2278,7 +2283,8 @@ def lr_find(learn, start_lr=1e-7, end_lr=10, num_it=100, stop_div=True, show_plo
     suggest_funcs: functions of (lrs, losses, num_it): `minimum`, `steep`, `valley`.
     Returns: what these suggest, a named tuple of floats; None without them. Weights,
     optimizer and random numbers are those of before, and no file is written.
-    Raises: ValueError if fewer than two losses were numbers.
+    Raises: ValueError without a Recorder, for num_it below 2, or if fewer than two
+    losses were numbers.
     """
     check(hasattr(learn, 'recorder'), "lr_find needs it: learn.add_cb(Recorder)")
     check(num_it > 1, f"num_it={num_it}: two rates are the least to compare")

@@ -2507,9 +2507,51 @@ def test_an_error_leaves_nothing_completed():
     assert seen == [True, False, False, False], "training came to its end; validation, epoch and fit did not"
 
 
-def test_a_loss_function_is_one():
+def test_a_batch_without_targets_is_only_predicted():
+    log = EventLog()
+    line_learner(ml.DataLoaders([line_data(8)[0]], device='cpu'), cbs=log).fit(1)
+    assert [e for e in log.events if e in ml.BATCH_EVENTS] == ['before_batch', 'after_pred', 'after_batch'], \
+        "no target: no loss, and nothing to learn from"
+
+
+def test_names_of_callbacks_must_be_free():
+    class AddCbCallback(ml.Callback): pass
+    class ModelCallback(ml.Callback): pass
+    class ACallback(ml.Callback): pass
+    class Other(ml.Callback): pass
+    Other.__name__ = 'TrainEvalCallback'
+    learn = line_learner()
+    for taken in (AddCbCallback, ModelCallback, Other, learn.train_eval):
+        with pytest.raises(ValueError, match='taken; rename its class|there already'):
+            learn.add_cbs([ACallback(), taken])
+        assert len(learn.cbs) == 1, "all or none"
+    learn.add_cb(ACallback)     # the model has an attribute `a`: that does not count
+    assert isinstance(learn.a, ACallback), "the learner's own attributes come before those of its model"
+
+
+def test_bad_input_is_refused_before_anything_changes():
+    dls = line_dls()
+    with pytest.raises(ValueError, match='loss_func=None.*MSELoss'):
+        ml.Learner(dls, Line())
     with pytest.raises(ValueError, match='loss_func=3: give, say,'):
-        ml.Learner(line_dls(), Line(), 3)
+        ml.Learner(dls, Line(), 3)
+    for no_dls in ([1, 2], None, (dls.train, dls.valid)):
+        with pytest.raises(TypeError, match=r'DataLoaders\(train'):
+            ml.Learner(no_dls, Line(), F.mse_loss)
+    with pytest.raises(ValueError, match='lr=-0.1'):
+        ml.Learner(dls, Line(), F.mse_loss, lr=-0.1)
+    with pytest.raises(TypeError, match='no callback'):
+        ml.Learner(dls, Line(), F.mse_loss, cbs=print)
+    learn = line_learner()
+    for bad in (dict(n_epoch=-1), dict(n_epoch=1, lr=-1), dict(n_epoch=1, start_epoch=2),
+                dict(n_epoch=1, start_epoch=-1), dict(n_epoch=1, lr=slice(-1, 1))):
+        with pytest.raises(ValueError):
+            learn.fit(**bad)
+    with pytest.raises(ValueError, match='1 group'):
+        learn.fit(1, lr=[0.1, 0.2])
+    assert same(weights(learn.model), weights(Line())), "all was refused before the first step"
+    with pytest.raises(TypeError, match='override DataLoaders.split_batch'):
+        line_learner(ml.DataLoaders([{'x': 1}], device='cpu')).fit(1)
 
 
 def test_after_a_cancelled_batch_the_next_one_completes():
@@ -3065,21 +3107,6 @@ def test_callbacks_come_and_go():
         "new cbs replace all: the old ones lose name and learner"
 
 
-def test_names_of_callbacks_must_be_free():
-    class AddCbCallback(ml.Callback): pass
-    class ModelCallback(ml.Callback): pass
-    class ACallback(ml.Callback): pass
-    class Other(ml.Callback): pass
-    Other.__name__ = 'Recorder'
-    learn = line_learner()
-    for taken in (AddCbCallback, ModelCallback, Other, learn.recorder):
-        with pytest.raises(ValueError, match='taken; rename its class|there already'):
-            learn.add_cbs([ACallback(), taken])
-        assert len(learn.cbs) == 3, "all or none"
-    learn.add_cb(ACallback)     # the model has an attribute `a`: that does not count
-    assert isinstance(learn.a, ACallback), "the learner's own attributes come before those of its model"
-
-
 def test_no_logging_and_no_bar(capsys):
     learn = ml.Learner(line_dls(), Line(), F.mse_loss, metrics=F.l1_loss)
     with learn.no_logging():
@@ -3399,6 +3426,7 @@ def test_combined_schedules_see_their_own_positions():
     assert ml.combine_scheds([0., 1.], [None, lambda p: p])(0) == 0, "an empty part is skipped"
     assert ml.combine_scheds([1., 0.], [lambda p: p, lambda p: -p])(0.5) == 0.5, \
         "an empty part at the end takes nothing from the first"
+    assert ml.combine_scheds([1., 0.], [lambda p: p, lambda p: -p])(1.) == -1, "only at 1 is it played, with its end"
     f = ml.combine_scheds([0.2, 0.3, 0.5], [lambda p: p, lambda p: 10 + p, lambda p: 20 + p])
     assert [f(p) for p in (0.1, 0.35, 0.75)] == pytest.approx([0.5, 10.5, 20.5]), \
         "a part begins after all the shares before it, not only the last one"
@@ -3935,46 +3963,28 @@ def test_a_scheduled_hyper_is_known_from_the_start_of_the_fit():
     assert seen == [1.], "a checkpoint that is loaded at the start has it, too"
 
 
-def test_the_finder_ends_a_fit_of_as_many_epochs_as_batches():
-    epochs, learn = [], line_learner()
-    learn.add_cb(ml.Callback(before_epoch=lambda self: epochs.append(self.n_epoch)))
+def test_bad_metrics_and_rates_are_refused_before_the_first_step():
+    with pytest.raises(TypeError, match="metric 'acc'"):
+        ml.Learner(line_dls(), Line(), F.mse_loss, metrics='acc')
+    learn = line_learner()
+    with pytest.raises(ValueError):
+        learn.fit_one_cycle(1, -1)
+    assert same(weights(learn.model), weights(Line())), "nothing has moved"
+
+
+def test_the_finder_trains_for_as_many_epochs_as_it_needs():
+    class Stream(list):
+        def __len__(self): raise TypeError
+    batch, = line_dls(n_train=16).train
+    learn = line_learner(ml.DataLoaders(Stream([batch]), device='cpu'))
     learn.lr_find(num_it=6, show_plot=False)
-    assert epochs == [6, 6], "an epoch may have a single batch: so there are enough"
+    assert len(learn.recorder.lrs) == 6, "an epoch may have a single batch, and nobody knows it before"
 
 
 def test_lr_find_looks_where_the_documentation_says():
     defaults = {k: v.default for k, v in inspect.signature(ml.lr_find).parameters.items()}
     assert (defaults['start_lr'], defaults['end_lr'], defaults['num_it']) == (1e-7, 10, 100), \
         "as documented: from 1e-7 to 10 in 100 batches"
-
-
-def test_bad_input_is_refused_before_anything_changes():
-    dls = line_dls()
-    with pytest.raises(ValueError, match='loss_func=None.*MSELoss'):
-        ml.Learner(dls, Line())
-    for no_dls in ([1, 2], None, (dls.train, dls.valid)):
-        with pytest.raises(TypeError, match=r'DataLoaders\(train'):
-            ml.Learner(no_dls, Line(), F.mse_loss)
-    with pytest.raises(ValueError, match='lr=-0.1'):
-        ml.Learner(dls, Line(), F.mse_loss, lr=-0.1)
-    with pytest.raises(TypeError, match="metric 'acc'"):
-        ml.Learner(dls, Line(), F.mse_loss, metrics='acc')
-    with pytest.raises(TypeError, match='no callback'):
-        ml.Learner(dls, Line(), F.mse_loss, cbs=print)
-    learn = line_learner()
-    for bad in (dict(n_epoch=-1), dict(n_epoch=1, lr=-1), dict(n_epoch=1, start_epoch=2),
-                dict(n_epoch=1, start_epoch=-1), dict(n_epoch=1, lr=slice(-1, 1))):
-        with pytest.raises(ValueError):
-            learn.fit(**bad)
-    with pytest.raises(ValueError, match='whole numbers'):
-        learn.fit(1.5)
-    with pytest.raises(ValueError):
-        learn.fit_one_cycle(1, -1)
-    with pytest.raises(ValueError, match='1 group'):
-        learn.fit(1, lr=[0.1, 0.2])
-    assert same(weights(learn.model), weights(Line())), "all was refused before the first step"
-    with pytest.raises(TypeError, match='override DataLoaders.split_batch'):
-        line_learner(ml.DataLoaders([{'x': 1}], device='cpu')).fit(1)
 
 
 def test_a_suggestion_is_marked_on_the_curve():
