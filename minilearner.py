@@ -1208,7 +1208,8 @@ class Learner:
     wd_bn_bias: whether biases and norm layers decay, too.
     train_bn: whether norm layers train even if they are frozen.
     moms: momentum at the start, peak and end of `fit_one_cycle`.
-    default_cbs: False leaves out `defaults.callbacks`.
+    default_cbs: False leaves out `defaults.callbacks`; without TrainEvalCallback, `fit`
+      trains nothing.
     At first it is in epoch 0 of 1, its loss a tensor of 0, n_iter and opt are None.
     `parallel` is what trains in place of the model in `distrib_ctx`, else None.
     Raises: TypeError for data that are no DataLoaders, ValueError for a loss function
@@ -1284,15 +1285,13 @@ class Learner:
             self.one_batch(i, b)
 
     def one_batch(self, i, b):
-        """Train (if `self.training`) or evaluate on `b`, batch `i` of this pass.
-
-        Afterwards pred and loss are cut from their graph.
-        """
+        """Train (if `self.training`) or evaluate on `b`, batch `i` of this pass."""
         self.iter = i
         self.xb, self.yb = self.dls.split_batch(to_device(b, self.dls.device))
         self._stage('batch', self._one_batch, CancelBatchException)
 
     def _one_batch(self):
+        """Predict; with targets, the loss; in training, learn. Then cut both graphs."""
         model = self.parallel if self.training and self.parallel else self.model
         try:
             self.pred = self.in_precision(model, *self.xb)
@@ -1479,7 +1478,10 @@ class Learner:
     init_args = property(gather_args)
 
     def create_opt(self):
-        """Make `self.opt` for the model, on its device, with splitter and opt_func."""
+        """Make `self.opt` for the model, on its device, with splitter and opt_func.
+
+        Rates by group are set after it was called with `defaults.lr`.
+        """
         self.model.to(self.dls.device)    # first, so that its state lands there, too
         make = self.opt_func
         self.lr = getattr(make, 'keywords', {}).get('lr', self.lr)
@@ -1829,10 +1831,11 @@ def mk_metric(m):
 def accuracy(pred, target, axis=-1):
     """Share of the samples whose largest score along `axis` is at the target class.
 
-    pred: (B, C) scores; target: (B,) int; further dimensions alike.
-    Returns: 0-d, 0 to 1.
+    pred: (B, C) scores; target: (B,) or (B, 1) int; further dimensions alike.
+    Returns: 0-d, 0 to 1. Raises: RuntimeError, by torch, if their numbers differ.
     """
-    return (pred.argmax(axis) == target).float().mean()
+    found = pred.argmax(axis)
+    return (found == target.reshape(found.shape)).float().mean()
 
 def error_rate(pred, target, axis=-1):
     """1 - accuracy"""
@@ -2139,8 +2142,8 @@ def SchedPoly(start, end, power):
 def combine_scheds(pcts, scheds):
     """Play schedules one after another; `pcts` are their shares and sum to 1.
 
-    Each sees `pos` from 0 to 1 of its own part. At a border the next one begins; an empty
-    part at the end is played at 1 alone, with its own 1.
+    Each sees `pos` from 0 to 1 of its own part. At a border the next one begins; a part
+    without a share is at its end.
     Raises: ValueError for bad shares.
     """
     ok = all(pct >= 0 for pct in pcts) and abs(sum(pcts) - 1) < 1e-6
@@ -2264,8 +2267,8 @@ def steep(lrs, losses, num_it):
 def valley(lrs, losses, num_it):
     """The rate in the middle of the longest stretch over which the loss falls.
 
-    Single rises inside do not end it: it is the longest falling subsequence, and of its
-    last index, less half its length. lrs, losses: tensors (N,).
+    Single rises inside do not end it: it is the longest falling subsequence, and the
+    rate is that at its last index minus half its length. lrs, losses: tensors (N,).
     """
     length = []
     for loss in losses:
@@ -2280,7 +2283,8 @@ def lr_find(learn, start_lr=1e-7, end_lr=10, num_it=100, stop_div=True, show_plo
 
     num_it, stop_div: see `LRFinder`.
     show_plot: draw the loss by rate; the Recorder's `plot_lr_find` can do it later.
-    suggest_funcs: functions of (lrs, losses, num_it): `minimum`, `steep`, `valley`.
+    suggest_funcs: functions of (lrs, losses, num_it), two tensors and an int, that
+      return a number: `minimum`, `steep`, `valley`.
     Returns: what these suggest, a named tuple of floats; None without them. Weights,
     optimizer and random numbers are those of before, and no file is written.
     Raises: ValueError without a Recorder, for num_it below 2, or if fewer than two

@@ -1839,7 +1839,8 @@ def test_whatever_is_raised_anywhere_ends_what_has_begun(event, training, kind):
         learn.fit(1, cbs=[log, raiser])
     except BaseException as e:
         caught = e
-    assert log.events == expected, "what has begun ends with after_...; a Cancel of its own is announced before"
+    assert log.events == expected, \
+        f"{kind} raised at {event}: what has begun ends with after_...; a Cancel of its own is announced before"
     assert (caught is raiser.error) == escapes, "an error keeps its identity"
     if escapes:
         note = f'raised by the callback RaiseAt in {event}'
@@ -2507,6 +2508,21 @@ def test_an_error_leaves_nothing_completed():
     assert seen == [True, False, False, False], "training came to its end; validation, epoch and fit did not"
 
 
+def test_model_and_loss_run_in_the_same_precision():
+    learn, seen = line_learner(line_dls(n_train=16, n_valid=16)), []
+    learn.in_precision = lambda f, *args: (seen.append(f), f(*args))[1]
+    learn.fit(1)
+    assert seen == 2 * [learn.model, learn.loss_func], "both go through in_precision, in training and validation"
+
+
+def test_a_cancelled_part_is_not_completed():
+    learn = line_learner()
+    seen = []
+    def cancel(self): raise ml.CancelTrainException
+    learn.fit(1, cbs=ml.Callback(before_train=cancel, after_cancel_train=lambda self: seen.append(self.completed)))
+    assert seen == [False], "known already when it is announced"
+
+
 def test_a_batch_without_targets_is_only_predicted():
     log = EventLog()
     line_learner(ml.DataLoaders([line_data(8)[0]], device='cpu'), cbs=log).fit(1)
@@ -2717,6 +2733,10 @@ def test_accuracy_and_error_rate():
     assert ml.accuracy(pred, target).item() == 0.75 and ml.error_rate(pred, target).item() == 0.25, \
         "3 of 4 are right; the rest are errors"
     assert ml.accuracy(pred.T, target, axis=0).item() == 0.75, "axis holds the classes: each column is a sample here"
+    assert ml.error_rate(pred.T, target, axis=0).item() == 0.25, "for the errors, too"
+    assert ml.accuracy(pred, target[:, None]).item() == 0.75, "a column of targets is not compared with every prediction"
+    with pytest.raises(RuntimeError):
+        ml.accuracy(pred, target[:1])
 
 
 def test_mnist1d_is_as_hard_as_published_for_a_linear_model():
@@ -2729,6 +2749,13 @@ def test_mnist1d_is_as_hard_as_published_for_a_linear_model():
         opt.step()
         opt.zero_grad()
     assert 0.28 < ml.accuracy(model(xt[:, 0]), yt).item() < 0.37, "published: 32 %"
+
+
+def test_whatever_can_be_called_is_a_metric():
+    class Half:
+        def __call__(self, pred, target): return torch.tensor(0.5)
+    assert ml.mk_metric(functools.partial(ml.accuracy, axis=0)).name == 'accuracy', "a partial has the name of its function"
+    assert ml.mk_metric(Half()).name == 'half', "an object that of its class"
 
 
 def test_accuracy_and_error_rate_look_at_the_last_axis():
@@ -2798,6 +2825,26 @@ lesson("Recorder and progress", "Recorder.before_fit Recorder.before_epoch Recor
        goal="keep what happened, and show it as a table, a bar and a plot",
        hint="the Recorder's order is 50: it runs after callbacks that change the loss",
        read="section 8")
+
+
+def test_times_have_two_digits():
+    assert [ml.format_time(t) for t in (5, 754, 3600 + 754)] == ['00:05', '12:34', '1:12:34'], \
+        "two digits each, so that times line up; only hours may have one"
+
+
+def test_cells_and_times():
+    assert ml.format_time(59.6) == '01:00' and ml.format_time(3725) == '1:02:05', \
+        "round first, so that 59.6 s carries over; hours only if there are any"
+    assert ml.format_cell(0.5, 10) == '  0.500000' and ml.format_cell(None, 4) == '    ', \
+        "six decimals, to the right; None is an empty cell"
+    assert ml.format_cell(1e12, 10) == '  1.00e+12' and ml.format_cell(3, 5) == '    3', \
+        "a float that is too wide gets an exponent; an int has no decimals"
+    assert ml.format_cell(float('nan'), 5) == '  nan' and len(ml.format_cell(-1e300, 10)) == 10, \
+        "no float breaks the column, neither NaN nor a huge one"
+
+
+def test_a_cell_is_one_line():
+    assert ml.format_cell(torch.tensor([[1, 2], [3, 4]]), 30).strip() == 'tensor([[1, 2], [3, 4]])', "line breaks are blanks"
 
 
 def test_recorder_keeps_the_history():
@@ -2933,17 +2980,6 @@ def test_own_loggers_get_plain_rows_and_no_table(capsys):
     learn.logger = rows.append
     learn.fit(2)
     assert len(rows) == 2 and capsys.readouterr().out == '', "one's own logger gets the rows, and nothing is printed"
-
-
-def test_cells_and_times():
-    assert ml.format_time(59.6) == '01:00' and ml.format_time(3725) == '1:02:05', \
-        "round first, so that 59.6 s carries over; hours only if there are any"
-    assert ml.format_cell(0.5, 10) == '  0.500000' and ml.format_cell(None, 4) == '    ', \
-        "six decimals, to the right; None is an empty cell"
-    assert ml.format_cell(1e12, 10) == '  1.00e+12' and ml.format_cell(3, 5) == '    3', \
-        "a float that is too wide gets an exponent; an int has no decimals"
-    assert ml.format_cell(float('nan'), 5) == '  nan' and len(ml.format_cell(-1e300, 10)) == 10, \
-        "no float breaks the column, neither NaN nor a huge one"
 
 
 def test_plot_loss_draws_into_given_axes():
@@ -3210,11 +3246,6 @@ def test_training_on_cuda_without_a_single_wait():
         "weights and losses stay on the GPU: to fetch one is to wait"
 
 
-def test_times_have_two_digits():
-    assert [ml.format_time(t) for t in (5, 754, 3600 + 754)] == ['00:05', '12:34', '1:12:34'], \
-        "two digits each, so that times line up; only hours may have one"
-
-
 def test_a_notebook_gets_a_bar_and_a_log_file_does_not(monkeypatch):
     clock = iter(range(10**6))
     monkeypatch.setattr(ml.time, 'perf_counter', lambda: next(clock) * 1.)      # every batch takes long
@@ -3370,10 +3401,6 @@ def test_plot_loss_without_validation_set():
     plt.close('all')
 
 
-def test_a_cell_is_one_line():
-    assert ml.format_cell(torch.tensor([[1, 2], [3, 4]]), 30).strip() == 'tensor([[1, 2], [3, 4]])', "line breaks are blanks"
-
-
 def test_the_bar_counts_from_one():
     learn = line_learner()
     learn.smooth_loss, learn.epoch, learn.n_epoch, learn.iter, learn.n_iter, learn.training = None, 1, 3, 4, 10, True
@@ -3426,13 +3453,18 @@ def test_combined_schedules_see_their_own_positions():
     assert ml.combine_scheds([0., 1.], [None, lambda p: p])(0) == 0, "an empty part is skipped"
     assert ml.combine_scheds([1., 0.], [lambda p: p, lambda p: -p])(0.5) == 0.5, \
         "an empty part at the end takes nothing from the first"
-    assert ml.combine_scheds([1., 0.], [lambda p: p, lambda p: -p])(1.) == -1, "only at 1 is it played, with its end"
     f = ml.combine_scheds([0.2, 0.3, 0.5], [lambda p: p, lambda p: 10 + p, lambda p: 20 + p])
     assert [f(p) for p in (0.1, 0.35, 0.75)] == pytest.approx([0.5, 10.5, 20.5]), \
         "a part begins after all the shares before it, not only the last one"
     for pcts in ([0.5], [0.5, 0.6], [1.5, -0.5]):
         with pytest.raises(ValueError, match='sum to 1'):
             ml.combine_scheds(pcts, [ml.SchedCos(0, 1)] * 2)
+
+
+def test_a_part_without_a_share_is_at_its_end():
+    assert ml.combine_scheds([1., 0.], [ml.SchedLin(0, 1), ml.SchedLin(2, 3)])(1.) == 3, "the last one has the last word"
+    both = ml.combine_scheds([0.5, 0.5], [ml.SchedLin(0, 1), ml.SchedLin(1, 2)])
+    assert both(1.0001) == 2, "sums of many steps may end a little above 1"
 
 
 @pytest.mark.parametrize('n_batches', [1, 2, 3, 100])
@@ -3751,6 +3783,9 @@ def test_the_optimizer_is_made_when_needed_and_kept():
     learn.model = Line()
     learn.fit(1)
     assert learn.model.a.item() != 0.5, "a new model gets a new optimizer"
+    learn.model.b = nn.Parameter(torch.tensor(7.))
+    learn.fit(1)
+    assert learn.model.b.item() != 7, "and so does a model with a new last layer"
     for fit in ('fit', 'fit_one_cycle'):
         learn = line_learner(opt_func=functools.partial(ml.SGD, lr=0.25))
         getattr(learn, fit)(1)
@@ -3907,6 +3942,19 @@ class Grows(nn.Module):
         return self.lin(x)
 
 
+def test_lr_find_puts_back_the_weights_of_a_loss():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer('seen', torch.zeros(()))
+        def forward(self, pred, y):
+            self.seen += 1
+            return F.mse_loss(pred, y)
+    learn = line_learner(loss_func=Scaled())
+    learn.lr_find(num_it=8, show_plot=False)
+    assert learn.loss_func.seen == 0, "a loss that is a module may have a state of its own"
+
+
 def test_lr_find_puts_back_buffers_that_appeared_or_grew():
     learn = line_learner(model=Grows())
     before = weights(learn.model)
@@ -4018,16 +4066,10 @@ def test_lr_find_goes_on_up_to_four_times_the_best():
         finder.after_batch()
 
 
-def test_a_part_without_a_share_is_at_its_end():
-    assert ml.combine_scheds([1., 0.], [ml.SchedLin(0, 1), ml.SchedLin(2, 3)])(1.) == 3, "the last one has the last word"
-    both = ml.combine_scheds([0.5, 0.5], [ml.SchedLin(0, 1), ml.SchedLin(1, 2)])
-    assert both(1.0001) == 2, "sums of many steps may end a little above 1"
-
-
 def test_lr_find_says_what_it_needs():
-    with pytest.raises(ValueError, match='needs it: learn.add_cb'):
+    with pytest.raises(ValueError, match='Recorder'):
         ml.Learner(line_dls(), Line(), F.mse_loss, default_cbs=False, cbs=ml.TrainEvalCallback).lr_find()
-    with pytest.raises(ValueError, match='num_it=1: two rates'):
+    with pytest.raises(ValueError, match='num_it=1'):
         line_learner().lr_find(num_it=1)
     assert line_learner().lr_find(num_it=2, show_plot=False).minimum > 0, "two are enough"
 
@@ -7048,7 +7090,7 @@ HINTS = {
     'combine_scheds': "the part that is played: the last one whose start is not above pos",
     'ParamScheduler.before_fit': "an unknown length is refused; hypers take their first values now; hps keeps what was set, by name",
     'ParamScheduler.before_batch': "a schedule is a function of pct_train; of values by group, hps keeps the last",
-    'ParamScheduler.after_fit': "the recorder's hps, if there is a recorder, is what plot_sched draws",
+    'ParamScheduler.after_fit': "the recorder's hps, if there is a recorder, is what plot_sched draws: add to it",
     'fit_one_cycle': "two combined_cos, for lr and mom, in one ParamScheduler",
     'LRFinder.before_fit': "unlike a schedule, it needs no length of an epoch",
     'LRFinder.after_batch': "CancelFitException after num_it batches, or where the smoothed loss is above 4 times its best, or NaN",
@@ -7224,6 +7266,7 @@ class Guide:
         if config.option.tbstyle == 'auto':
             config.option.tbstyle = 'short'
         mine = [item for item in items if isinstance(item, pytest.Function) and lesson_of(item.function) in TO_SOLVE]
+        config.hook.pytest_deselected(items=[item for item in items if item not in mine])
         items[:] = sorted(mine, key=lambda item: inspect.unwrap(item.function).__code__.co_firstlineno)
         lessons = {lesson_of(item.function).n for item in mine}
         # now, not when a test fails, so that the processes of pytest-xdist agree
@@ -7267,13 +7310,15 @@ class Guide:
         if lost:
             hint = f"minilearner.py has no {', '.join(lost)} any more: was it renamed or deleted?"
         if hint or IN_WORKER or own.n not in self.handed:
-            report.sections.append(('hint', hint or self.hint_of(own)))
+            report.sections.append(('hint', hint or self.next_in(own)))
 
-    def hint_of(self, one):
+    def next_in(self, one):
         """What helps to write what a test of a lesson needs; or to find what is wrong."""
         if one.n not in self.handed:
             return f"lesson {one.n} was given, and is right: look for the error in lessons {self.handed}"
-        return HINTS.get(self.needs, one.hint) if self.needs else "no blank is in the way: mend what the test says"
+        if not self.needs:
+            return "no blank is in the way: mend what the test says"
+        return f'{self.needs}: ' + HINTS.get(self.needs, 'its docstring says what it does')
 
     def pytest_runtest_logreport(self, report):
         name = report.nodeid.partition('::')[2].partition('[')[0]
@@ -7337,7 +7382,7 @@ class Guide:
     def show_task(self, out, here):
         """What is still to write, in the order of the file, and the test that waits for it."""
         out.write_line(f'Lesson {here.n} of {len(TO_SOLVE)}: {here.title}', bold=True)
-        out.write_line(f'  goal     {here.goal}')
+        out.write_line(f'  goal     {here.goal}\n  hint     {here.hint}\n  read     {here.read}')
         exercises = exercises_now(here)
         for name, (line, is_blank) in exercises.items():
             mark = '   <-- the next test needs it' if name == self.needs else ''
@@ -7345,10 +7390,15 @@ class Guide:
                 out.write_line(f'  write    minilearner.py:{line:<5} {name}{mark}', bold=bool(mark))
         written = sum(not is_blank for _, is_blank in exercises.values())
         out.write_line(f'  written  {written} of {len(exercises)}')
-        out.write_line(f'  hint     {self.hint_of(here)}\n  read     {here.read}\n  then     pytest, or pytest -k lesson{here.n:02}\n')
+        out.write_line(f'  next     {self.next_in(here)}\n  then     pytest, or pytest -k lesson{here.n:02}\n')
         test = inspect.unwrap(globals()[min(self.failed, key=lambda pair: pair[0])[1]])
         line = test.__code__.co_firstlineno
         out.write_line(f'The test that waits, test_minilearner.py:{line}:\n\n{inspect.getsource(test).rstrip()}\n')
+        helpers = [globals().get(name) for name in test.__code__.co_names]
+        lines = [f'{o.__name__} (line {inspect.getsourcelines(o)[1]})' for o in helpers
+                 if getattr(o, '__module__', None) == __name__ and hasattr(o, '__name__')]
+        if lines:
+            out.write_line(f"It uses {', '.join(lines)}.\n")
 
 
 def pytest_generate_tests(metafunc):
