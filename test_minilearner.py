@@ -3456,7 +3456,7 @@ def test_combined_schedules_see_their_own_positions():
     f = ml.combine_scheds([0.2, 0.3, 0.5], [lambda p: p, lambda p: 10 + p, lambda p: 20 + p])
     assert [f(p) for p in (0.1, 0.35, 0.75)] == pytest.approx([0.5, 10.5, 20.5]), \
         "a part begins after all the shares before it, not only the last one"
-    for pcts in ([0.5], [0.5, 0.6], [1.5, -0.5]):
+    for pcts in ([0.5], [0.5, 0.6], [1.5, -0.5], [1.], [0.5, 0.25, 0.25]):
         with pytest.raises(ValueError, match='sum to 1'):
             ml.combine_scheds(pcts, [ml.SchedCos(0, 1)] * 2)
 
@@ -4930,6 +4930,12 @@ def test_weights_load_without_an_optimizer(tmp_path):
     assert same(weights(other), weights(learn.model)), "the state of the optimizer is in the file, but nobody wants it"
 
 
+def test_the_second_of_many_processes_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(ml, 'process_rank', lambda: 1)
+    ml.save_state({}, tmp_path / 'state.pth')
+    assert not list(tmp_path.iterdir()), "all have the same state: the first writes it"
+
+
 # =============================================================================================
 lesson("A shelf of callbacks", "TerminateOnNaNCallback.after_loss TrackerCallback.before_fit "
        "TrackerCallback.after_epoch EarlyStoppingCallback.before_fit "
@@ -6299,7 +6305,7 @@ def test_demo_returns_the_test_accuracy(monkeypatch, capsys):
     monkeypatch.setattr(ml.Learner, 'fit_one_cycle', lambda learn, *args: setattr(learn, 'final_record', [0.2, 0.3, 0.9]))
     score = ml.demo(['--device', 'cpu'])
     learn, folder = drawn[0]
-    assert score == 0.9, "the last column, not a loss"
+    assert score == 0.9 and [m.name for m in learn.metrics] == ['accuracy'], "the last column, which is no loss"
     assert Path(folder) == Path('.'), "without --out, the figure goes where you are"
     assert (len(learn.dls.train_ds), len(learn.dls.valid_ds)) == (4000, 1000), "the published split: no row of the test trains"
 
