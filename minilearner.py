@@ -2848,14 +2848,15 @@ class TerminateOnNaNCallback(Callback):
             raise CancelFitException
 
 class TrackerCallback(Callback):
-    """Watches a column of the Recorder: after each epoch `new_best` says if it is best.
+    """Watches a column of the Recorder: after each epoch `new_best` says if it is best,
+    `measured` if there was a value.
 
     monitor: title of the column.
     comp: `comp(a, b)` is True if a is better than b; default: less for titles with loss
       or error, else greater.
     min_delta: by how much it has to be better.
     reset_on_fit: forget the best when a fit begins.
-    Raises: ValueError, which lists the columns, for an unknown monitor.
+    Raises: ValueError without a Recorder; for an unknown monitor it lists the columns.
     """
     order, rests = 60, True
 
@@ -2916,7 +2917,8 @@ class SaveModelCallback(TrackerCallback):
     """Saves the model whenever it is best, and loads the best at the end of the fit.
 
     fname: see `Learner.save`.
-    every_epoch: instead, save all epochs as fname_0, fname_1, ...; an int n: each n-th.
+    every_epoch: instead, save all epochs as fname_0, fname_1, ...; an int n: those that
+      n divides.
     at_end: save at the end of the fit, instead of loading.
     with_opt: the optimizer as well.
     The other parameters: see `TrackerCallback`.
@@ -3085,7 +3087,8 @@ class GradientAccumulation(Callback):
     """Steps once every `n_acc` samples, as if they had come in one batch.
 
     The last batch of an epoch steps with what there is. For losses that are means.
-    Several processes count their samples together.
+    Several processes count their samples together. `flushing` is True while samples
+    that are left over step after the pass: no loader without a length tells its last.
     """
     order, run_valid = -5, False
 
@@ -3218,8 +3221,8 @@ class ModelResetter(Callback):
 class RNNRegularizer(Callback):
     """Penalties on activations (alpha) and on their changes over time (beta).
 
-    For models that return (output, raw activations, activations), the last two lists of
-    tensors (B, time, C).
+    For models that return (output, raw activations, activations, ...), these two being
+    lists of tensors (B, time, C), one for each layer; the last layer counts.
     Source: Merity and others, 'Revisiting Activation Regularization', 2017.
     """
     def __init__(self, alpha=0., beta=0.):

@@ -7400,7 +7400,8 @@ class Guide:
         test = inspect.unwrap(globals()[min(self.failed, key=lambda pair: pair[0])[1]])
         line = test.__code__.co_firstlineno
         out.write_line(f'The test that waits, test_minilearner.py:{line}:\n\n{inspect.getsource(test).rstrip()}\n')
-        helpers = [globals().get(name) for name in test.__code__.co_names]
+        names = dict.fromkeys(node.id for node in ast.walk(ast.parse(inspect.getsource(test))) if isinstance(node, ast.Name))
+        helpers = [globals().get(name) for name in names]
         lines = [f'{o.__name__} (line {inspect.getsourcelines(o)[1]})' for o in helpers
                  if getattr(o, '__module__', None) == __name__ and hasattr(o, '__name__')]
         if lines:
