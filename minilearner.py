@@ -3087,8 +3087,8 @@ class GradientAccumulation(Callback):
     """Steps once every `n_acc` samples, as if they had come in one batch.
 
     The last batch of an epoch steps with what there is. For losses that are means.
-    Several processes count their samples together. `flushing` is True while samples
-    that are left over step after the pass: no loader without a length tells its last.
+    Several processes count their samples together. `flushing` is True while left-over
+    samples step after a pass, as a loader without length does not tell its last batch.
     """
     order, run_valid = -5, False
 
