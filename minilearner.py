@@ -1835,7 +1835,9 @@ def accuracy(pred, target, axis=-1):
     Returns: 0-d, 0 to 1. Raises: RuntimeError, by torch, if their numbers differ.
     """
     found = pred.argmax(axis)
-    return (found == target.reshape(found.shape)).float().mean()
+    if found.shape != target.shape:    # or each would be compared with every other
+        target = target.reshape(found.shape)
+    return (found == target).float().mean()
 
 def error_rate(pred, target, axis=-1):
     """1 - accuracy"""

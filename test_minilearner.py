@@ -239,7 +239,7 @@ def background():
 @pytest.fixture(scope='session', autouse=True)
 def started_early(request):
     """In the whole suite, they start before its first test: to start is what takes longest."""
-    for name in ('gathering', 'killed', 'together_started', 'readme_started'):
+    for name in ('gathering', 'killed', 'together_started', 'readme_started', 'imported'):
         is_wanted = any(name in item.fixturenames for item in request.session.items)
         if is_wanted and not IS_HANDOUT and not IN_WORKER:
             request.getfixturevalue(name)
@@ -6835,12 +6835,19 @@ def test_examples_in_docstrings_are_true():
     assert result.failed == 0 and result.attempted >= 5, "what a docstring shows is what really comes out"
 
 
-def test_import_brings_nothing_but_torch():
+@pytest.fixture(scope='session')
+def imported(background):
+    """A process that says what `import minilearner` brings beside torch."""
     code = ("import sys, torch; before = set(sys.modules); import minilearner; "
             "print(*{m.split('.')[0] for m in set(sys.modules) - before})")
-    run = subprocess.run([sys.executable, '-c', code], cwd=HERE, capture_output=True, text=True, check=True)
-    new = set(run.stdout.split()) - set(sys.stdlib_module_names) - {'minilearner', 'torch'}
-    assert not new, f"import minilearner also imports {new}"
+    return background(sys.executable, '-c', code, cwd=HERE)
+
+
+def test_import_brings_nothing_but_torch(imported):
+    done = outcome(imported)
+    assert done.returncode == 0, done.stderr
+    new = set(done.stdout.split()) - set(sys.stdlib_module_names) - {'minilearner', 'torch'}
+    assert 'minilearner' in done.stdout and not new, f"import minilearner also imports {new}"
 
 
 BANNER = re.compile(r'^# -{80,}\n# (\d+)\. [^\n:]+: [^\n]+\n# +Needs: [^\n]+ Tested by: lesson \d+\.\n# -{80,}$', re.M)
