@@ -2518,8 +2518,8 @@ def test_model_and_loss_run_in_the_same_precision():
 def test_a_cancelled_part_is_not_completed():
     learn = line_learner()
     seen = []
-    def cancel(self): raise ml.CancelTrainException
-    learn.fit(1, cbs=ml.Callback(before_train=cancel, after_cancel_train=lambda self: seen.append(self.completed)))
+    learn.fit(1, cbs=ml.Callback(before_train=raising(ml.CancelTrainException),
+                                 after_cancel_train=lambda self: seen.append(self.completed)))
     assert seen == [False], "known already when it is announced"
 
 
@@ -3685,7 +3685,7 @@ def test_lr_find_on_odd_ground():
     blown = ml.DataLoaders([(x, y)] * 10 + [(x * math.nan, y)], device='cpu')
     found = line_learner(blown).lr_find(1e-4, 1e-2, num_it=40, show_plot=False)
     assert all(math.isfinite(v) and v < 1e-3 for v in found), "NaN is not the lowest loss"
-    with pytest.raises(ValueError, match='num_it=1'):
+    with pytest.raises(ValueError, match='num_it=1: two rates'):
         learn.lr_find(num_it=1)
 
 
@@ -4021,10 +4021,7 @@ def test_bad_metrics_and_rates_are_refused_before_the_first_step():
 
 
 def test_the_finder_trains_for_as_many_epochs_as_it_needs():
-    class Stream(list):
-        def __len__(self): raise TypeError
-    batch, = line_dls(n_train=16).train
-    learn = line_learner(ml.DataLoaders(Stream([batch]), device='cpu'))
+    learn = line_learner(ml.DataLoaders(NoLength(line_dls(n_train=16).train), device='cpu'))
     learn.lr_find(num_it=6, show_plot=False)
     assert len(learn.recorder.lrs) == 6, "an epoch may have a single batch, and nobody knows it before"
 
@@ -4067,9 +4064,9 @@ def test_lr_find_goes_on_up_to_four_times_the_best():
 
 
 def test_lr_find_says_what_it_needs():
-    with pytest.raises(ValueError, match='Recorder'):
+    with pytest.raises(ValueError, match='needs it: learn.add_cb'):
         ml.Learner(line_dls(), Line(), F.mse_loss, default_cbs=False, cbs=ml.TrainEvalCallback).lr_find()
-    with pytest.raises(ValueError, match='num_it=1'):
+    with pytest.raises(ValueError, match='num_it=1: two rates'):
         line_learner().lr_find(num_it=1)
     assert line_learner().lr_find(num_it=2, show_plot=False).minimum > 0, "two are enough"
 
@@ -6278,11 +6275,14 @@ lesson("Demo", "small_cnn demo", goal="a script that trains a good network and d
        hint="run it: python minilearner.py", read="section 14")
 
 
-def test_demo_says_how_well_it_went(tmp_path, capsys):
+def test_demo_says_how_well_it_went(tmp_path, capsys, monkeypatch):
+    learners, draw = [], ml.draw_demo
+    monkeypatch.setattr(ml, 'draw_demo', lambda learn, folder: (learners.append(learn), draw(learn, folder))[1])
     score = ml.demo(['--epochs', '1', '--out', str(tmp_path / 'new'), '--seed', '3', '--device', 'cpu'])
     last = capsys.readouterr().out.splitlines()[-1]
     file = tmp_path / 'new' / 'minilearner_demo.png'
     assert file.read_bytes()[1:4] == b'PNG' and 0.5 < score <= 1, "a PNG is drawn; one epoch is better than guessing"
+    assert score == pytest.approx(learners[0].validate()[1]), "the accuracy on the test set"
     assert re.fullmatch(rf'test accuracy {score:.1%} \(published CNN: 94 %\), \d+ seconds on cpu, figure: {re.escape(str(file))}', last), \
         "the last line has accuracy, published accuracy, seconds, device, file"
     assert int(re.search(r'(\d+) seconds', last)[1]) < 600, "since the demo began, not since the machine did"
@@ -7263,6 +7263,13 @@ def blank_behind(error):
     return found
 
 
+def helpers_of(test):
+    """The functions and classes of this file that a test uses, in the order in which it names them."""
+    names = dict.fromkeys(node.id for node in ast.walk(ast.parse(inspect.getsource(test))) if isinstance(node, ast.Name))
+    found = [globals().get(name) for name in names]
+    return [o for o in found if getattr(o, '__module__', None) == __name__ and hasattr(o, '__name__')]
+
+
 class Guide:
     """The pytest plugin of a handout: lessons in order, one thing to do at a time, and a map at the end."""
 
@@ -7281,7 +7288,7 @@ class Guide:
         if config.option.tbstyle == 'auto':
             config.option.tbstyle = 'short'
         mine = [item for item in items if isinstance(item, pytest.Function) and lesson_of(item.function) in TO_SOLVE]
-        config.hook.pytest_deselected(items=[item for item in items if item not in mine])
+        config.hook.pytest_deselected(items=list(set(items) - set(mine)))
         items[:] = sorted(mine, key=lambda item: inspect.unwrap(item.function).__code__.co_firstlineno)
         lessons = {lesson_of(item.function).n for item in mine}
         # now, not when a test fails, so that the processes of pytest-xdist agree
@@ -7409,12 +7416,9 @@ class Guide:
         test = inspect.unwrap(globals()[min(self.failed, key=lambda pair: pair[0])[1]])
         line = test.__code__.co_firstlineno
         out.write_line(f'The test that waits, test_minilearner.py:{line}:\n\n{inspect.getsource(test).rstrip()}\n')
-        names = dict.fromkeys(node.id for node in ast.walk(ast.parse(inspect.getsource(test))) if isinstance(node, ast.Name))
-        helpers = [globals().get(name) for name in names]
-        lines = [f'{o.__name__} (line {inspect.getsourcelines(o)[1]})' for o in helpers
-                 if getattr(o, '__module__', None) == __name__ and hasattr(o, '__name__')]
-        if lines:
-            out.write_line(f"It uses {', '.join(lines)}.\n")
+        helpers = [f'{o.__name__} (line {inspect.getsourcelines(o)[1]})' for o in helpers_of(test)]
+        if helpers:
+            out.write_line(f"It uses {', '.join(helpers)}.\n")
 
 
 def pytest_generate_tests(metafunc):
