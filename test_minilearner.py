@@ -3685,7 +3685,7 @@ def test_lr_find_on_odd_ground():
     blown = ml.DataLoaders([(x, y)] * 10 + [(x * math.nan, y)], device='cpu')
     found = line_learner(blown).lr_find(1e-4, 1e-2, num_it=40, show_plot=False)
     assert all(math.isfinite(v) and v < 1e-3 for v in found), "NaN is not the lowest loss"
-    with pytest.raises(ValueError, match='num_it=1: two rates'):
+    with pytest.raises(ValueError, match='num_it=1'):
         learn.lr_find(num_it=1)
 
 
