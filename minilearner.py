@@ -379,6 +379,8 @@ class Learner:
         """
         xb = self.xb
         pred = self.model(**xb[0]) if isinstance(xb[0], Keywords) else self.model(*xb)
+        if isinstance(pred, torch.Tensor):    # asked first, as it is what costs least
+            return pred
         if isinstance(pred, Mapping):
             return pred.get('logits', pred)
         return getattr(pred, 'logits', pred)
@@ -680,8 +682,13 @@ class AvgMetric(Metric):
     def add(self, value, bs):
         """Add the mean of `bs` samples. It stays on the device: nothing waits for it."""
         if isinstance(value, torch.Tensor):
-            value = value.detach().float()    # a sum of float16 would soon overflow
-        self.total += value * bs
+            value = without_graph(value)
+            if value.dtype != torch.float32:
+                value = value.float()    # a sum of float16 would soon overflow
+        if isinstance(value, torch.Tensor) and isinstance(self.total, torch.Tensor):
+            self.total = self.total.add(value, alpha=bs)    # one operation, not two
+        else:
+            self.total += value * bs
         self.count += bs
 
     name = property(lambda self: func_name(self.func))
@@ -757,7 +764,7 @@ def without_graph(t):
 
 def first_item(b):
     """The first item of `b`, the innermost one of nested tuples, lists and dicts."""
-    while isinstance(b, (tuple, list, Mapping)) and b:
+    while not isinstance(b, torch.Tensor) and isinstance(b, (tuple, list, Mapping)) and b:
         b = next(iter(b.values())) if isinstance(b, Mapping) else b[0]
     return b
 
@@ -777,7 +784,9 @@ def accuracy(pred, target, axis=-1):
         raise ValueError(f"accuracy of scores {tuple(pred.shape)} and targets "
                          f"{tuple(target.shape)}: give 2 or more scores along axis "
                          f"{axis}, and one class for each other position")
-    return (found == target.reshape(found.shape)).float().mean()
+    if found.shape != target.shape:    # or each would be compared with every other
+        target = target.reshape(found.shape)
+    return (found == target).float().mean()
 
 # --------------------------------------------------------------------------------------
 # 5. Recorder: what happened, kept and printed
@@ -2208,9 +2217,10 @@ class OptimWrapper(Optimizer):
 
     def _named(self, group):
         """The hypers of a torch group under our names."""
-        betas = {f'betas__{i}': beta for i, beta in enumerate(group.get('betas', ()))}
-        others = {k: v for k, v in group.items() if k not in ('params', 'betas')}
-        return {self.hp_map.get(k, k): v for k, v in {**others, **betas}.items()}
+        named = {self.hp_map.get(k, k): v for k, v in group.items() if k != 'params'}
+        for i, beta in enumerate(named.pop('betas', ())):
+            named[self.hp_map.get(f'betas__{i}', f'betas__{i}')] = beta
+        return named
 
     def _set(self, i, k, value):
         group, places = self.opt.param_groups[i], {k: [k]}
