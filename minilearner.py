@@ -114,7 +114,7 @@ class event:
           Start Batch Loop
              - before_batch             xb and yb are there
              - after_pred               pred = model(*xb)
-             - after_loss               loss = loss_func(pred, *yb), if there is a target
+             - after_loss               loss = loss_func(pred, *yb), if there is a yb
              - before_backward          from here on in training only
              - after_cancel_backward
              - after_backward           loss.backward() has made the gradients
@@ -183,7 +183,7 @@ def class2attr(obj, suffix):
     return re.sub('(?<=[a-z0-9])(?=[A-Z])|(?<=.)(?=[A-Z][a-z])', '_', name).lower()
 
 class Callback:
-    """Base class of callbacks: define methods named after events, which take only `self`.
+    """Base class of callbacks: define methods named after events, taking only `self`.
 
         class Clip(Callback):
             def before_step(self):
@@ -236,8 +236,9 @@ class Callback:
         learn, is_new = self.learn, k not in vars(self) and not hasattr(Callback, k)
         if learn is not None and is_new and k != self.name:
             if k in vars(learn) or hasattr(type(learn), k):
-                warnings.warn(f"You are shadowing an attribute ({k}) that exists in the "
-                              f"learner. Use `self.learn.{k}` to avoid this", stacklevel=2)
+                text = (f"You are shadowing an attribute ({k}) that exists in the "
+                        f"learner. Use `self.learn.{k}` to avoid this")
+                warnings.warn(text, stacklevel=2)
         super().__setattr__(k, v)
         if learn is not None and k in EVENTS:
             learn._handlers.clear()    # who handles what has changed
@@ -280,7 +281,7 @@ class Learner:
     moms: momentum at the start, peak and end of a one-cycle fit.
     default_cbs: False leaves out `defaults.callbacks`; then bring your own.
 
-    While a batch is processed, `xb, yb, pred, loss` are its inputs, targets, predictions
+    While a batch is processed, `xb, yb, pred, loss` are its inputs, targets, prediction
     and loss. The last two carry their graph: detach what you keep.
     """
     def __init__(self, dls, model, loss_func=None, opt_func=None, lr=None,
@@ -292,7 +293,8 @@ class Learner:
         self.loss_func = dls.train_ds.loss_func if loss_func is None else loss_func
         self.opt_func, self.splitter = opt_func or Adam, splitter or trainable_params
         self.lr = defaults.lr if lr is None else lr
-        self.wd, self.wd_bn_bias, self.train_bn, self.moms = wd, wd_bn_bias, train_bn, moms
+        self.wd, self.wd_bn_bias = wd, wd_bn_bias
+        self.train_bn, self.moms = train_bn, moms
         self.metrics = [mk_metric(m) for m in listify(metrics)]
         self.path, self.model_dir = Path(path or dls.path), model_dir
         self.logger, self.opt, self.training = print, None, False
@@ -386,7 +388,7 @@ class Learner:
         return getattr(pred, 'logits', pred)
 
     def _train_step(self):
-        # backward starts from loss_grad: a callback may scale it, while loss is reported
+        # backward starts from loss_grad, which a callback may scale; loss is reported
         opt, self.loss_grad = self.opt or self.ensure_opt(), self.loss
         try:
             self._stage('backward', lambda: self.loss_grad.backward(),
@@ -556,7 +558,8 @@ def check_parts(dls, model, loss_func, opt_func):
     for name, o in [('model', model), ('loss_func', loss_func)]:
         check(not isinstance(o, type), f"{name} is a class: make an object of it, "
               f"{func_name(o)}(...)", TypeError)
-    check(callable(opt_func or Adam), f"opt_func={opt_func!r}: give, say, SGD", TypeError)
+    check(callable(opt_func or Adam), f"opt_func={opt_func!r}: give, say, SGD",
+          TypeError)
 
 def check_callbacks(learn, cbs):
     """Refuse callbacks that cannot be registered together."""
@@ -619,9 +622,8 @@ class TrainEvalCallback(Callback):
     def before_train(self):
         """Frozen norm layers keep their statistics, too, if `train_bn` is False."""
         for m in self.model.train().modules():
-            is_frozen = not any(p.requires_grad for p in m.parameters())
-            if isinstance(m, NORM_LAYERS) and is_frozen and not self.train_bn:
-                m.eval()
+            if isinstance(m, NORM_LAYERS) and not self.train_bn:
+                m.train(any(p.requires_grad for p in m.parameters()))
         self.learn.training = True
         self.learn.pct_train = self.epoch / self.n_epoch
 
@@ -680,7 +682,7 @@ class AvgMetric(Metric):
         self.add(self.func(pred, *learn.yb), find_bs(learn.yb))
 
     def add(self, value, bs):
-        """Add the mean of `bs` samples. It stays on the device: nothing waits for it."""
+        """Add the mean of `bs` samples; it stays on the device, so nothing waits."""
         if isinstance(value, torch.Tensor):
             value = without_graph(value)
             if value.dtype != torch.float32:
@@ -764,9 +766,11 @@ def without_graph(t):
 
 def first_item(b):
     """The first item of `b`, the innermost one of nested tuples, lists and dicts."""
-    while not isinstance(b, torch.Tensor) and isinstance(b, (tuple, list, Mapping)) and b:
-        b = next(iter(b.values())) if isinstance(b, Mapping) else b[0]
-    return b
+    if isinstance(b, torch.Tensor) or not b:
+        return b
+    if isinstance(b, Mapping):
+        return first_item(next(iter(b.values())))
+    return first_item(b[0]) if isinstance(b, (tuple, list)) else b
 
 def find_bs(b):
     """Batch size of `b`: the rows of its first item; 1 without a shape."""
@@ -864,7 +868,7 @@ class Recorder(Callback):
         if self.completed:
             self.train_row = [final_value(m) for m in self.train_mets]
             if len(self.losses) == self.n_before:
-                warnings.warn("nothing was trained: no batch with a target was completed")
+                warnings.warn("nothing was trained: no batch with a target was done")
 
     def after_validate(self):
         if self.completed:
@@ -917,6 +921,7 @@ class TensorLoader:
     def __init__(self, *tensors, bs=64, shuffle=False, drop_last=False):
         lengths = [len(t) for t in tensors]
         check(len({*lengths}) == 1, f"tensors of {lengths} rows: give as many of each")
+        check(bs > 0, f"bs={bs!r}: give the number of rows of a batch, 1 or more")
         self.dataset = data_tools.TensorDataset(*tensors)
         self.bs, self.shuffle, self.drop_last = bs, shuffle, drop_last
 
@@ -979,6 +984,7 @@ class DataLoaders:
         shuffle, drop_last: of the training loader. kwargs: see `DataLoaders`.
         Raises: ValueError if the numbers of rows differ.
         """
+        check(0 <= valid_pct < 1, f"valid_pct={valid_pct!r}: give a share below 1")
         kwargs.setdefault('n_inp', len(as_tensors(x)))
         train = TensorLoader(*as_tensors(x), *as_tensors(y), bs=bs, shuffle=shuffle,
                              drop_last=drop_last)
@@ -1005,7 +1011,9 @@ class DataLoaders:
         own = {k: kwargs.pop(k) for k in names if k in kwargs}
         train = data_tools.DataLoader(train_ds, bs, shuffle, **kwargs)
         kwargs.update(drop_last=False, sampler=None)
-        valid = None if valid_ds is None else data_tools.DataLoader(valid_ds, bs, **kwargs)
+        valid = valid_ds
+        if valid_ds is not None:
+            valid = data_tools.DataLoader(valid_ds, bs, **kwargs)
         return cls(train, valid, device=device, **own)
 
     def __repr__(self):
@@ -1071,11 +1079,15 @@ def map_tensors(f, b):
     if isinstance(b, (tuple, list)):
         items = [map_tensors(f, o) for o in b]
         return type(b)(*items) if hasattr(b, '_fields') else type(b)(items)
-    if isinstance(b, Mapping) or dataclasses.is_dataclass(b):
+    if isinstance(b, Mapping):
         new = copy.copy(b)    # a copy keeps its type
-        items = new if isinstance(b, Mapping) else vars(new)
-        for k, v in list(items.items()):
-            items[k] = map_tensors(f, v)
+        for k, v in b.items():
+            new[k] = map_tensors(f, v)
+        return new
+    if dataclasses.is_dataclass(b) and not isinstance(b, type):
+        new = copy.copy(b)
+        for field in dataclasses.fields(b):    # of `object`, as it may be frozen
+            object.__setattr__(new, field.name, map_tensors(f, getattr(b, field.name)))
         return new
     return b
 
@@ -1163,7 +1175,7 @@ class Optimizer:
     >>> Optimizer([1, 2, 3], sgd_step, lr=0.1).hypers
     [{'lr': 0.1}]
     """
-    made_for = own_wd = None    # its model's parameters and own wd, if a Learner made it
+    made_for = own_wd = None    # of a Learner: its model's parameters, its own wd
 
     def __init__(self, params, cbs, train_bn=True, **defaults):
         self.cbs, self.param_lists = listify(cbs), as_groups(params)
@@ -1186,9 +1198,10 @@ class Optimizer:
         v may be `slice(a, b)`: a for the first group, b for the last, equal factors in
         between; or `slice(b)`: b for the last group, b / 10 for the others.
         """
-        for i, value in enumerate(spread(v, len(self.param_lists))):
-            ok = k not in ('lr', 'wd') or isinstance(value, (int, float)) and value >= 0
-            check(ok, f"{k}={v!r}: give a number of at least 0")
+        values = spread(v, len(self.param_lists))
+        ok = all(isinstance(value, (int, float)) and value >= 0 for value in values)
+        check(ok or k not in ('lr', 'wd'), f"{k}={v!r}: give a number of at least 0")
+        for i, value in enumerate(values):
             self._set(i, k, value)
 
     def _set(self, i, k, value):
@@ -1211,13 +1224,7 @@ class Optimizer:
         """
         for p, _, state, hyper in self.all_params(with_grad=True):
             for f in self.cbs:
-                try:
-                    state.update(f(p, **{**state, **hyper}) or {})
-                except TypeError as error:
-                    known = sorted({**state, **hyper})
-                    error.add_note(f"{func_name(f)} got {known}: pass what is missing "
-                                   "to the Optimizer, or put its step function first")
-                    raise
+                state.update(run_step(f, p, state, hyper))
 
     def zero_grad(self, set_to_none=True):
         """Forget all gradients; `set_to_none=False` fills them with 0 instead."""
@@ -1226,6 +1233,16 @@ class Optimizer:
                 p.grad = None
             elif p.grad is not None:
                 p.grad.detach_().zero_()
+
+def run_step(f, p, state, hyper):
+    """What the step function `f` returns for `p`, a dict; an error says what it got."""
+    kwargs = {**state, **hyper}
+    try:
+        return f(p, **kwargs) or {}
+    except TypeError as error:
+        error.add_note(f"{func_name(f)} got {sorted(kwargs)}: pass what is missing to "
+                       "the Optimizer, or put its step function first")
+        raise
 
 def trainable_params(model):
     """The parameters of `model` that require a gradient: a list, hence one group."""
@@ -1399,7 +1416,7 @@ def set_rng_state(state, dls):
 def generators_of(dls):
     """The generators that loaders, or their samplers, were given."""
     owners = [*dls.loaders]
-    for name in ('sampler', 'batch_sampler', 'sampler'):    # a batch sampler has one, too
+    for name in ('sampler', 'batch_sampler', 'sampler'):    # a batch sampler's, at last
         owners += [getattr(owner, name, None) for owner in owners]
     found = dict.fromkeys(getattr(owner, 'generator', None) for owner in owners)
     return [g for g in found if isinstance(g, torch.Generator)]
@@ -1556,8 +1573,8 @@ class LRFinder(ParamScheduler):
     """
     def __init__(self, start_lr=1e-7, end_lr=10, num_it=100, stop_div=True):
         self.num_it, self.stop_div, self.best_loss = num_it, stop_div, math.inf
-        super().__init__({'lr': lambda pct_train: sched_exp(
-            start_lr, end_lr, self.learn.train_iter / num_it)})
+        super().__init__({'lr': lambda _: sched_exp(start_lr, end_lr,
+                                                    self.train_iter / num_it)})
 
     def before_fit(self):
         self.hps = {'lr': []}    # no length is needed, as batches are counted
@@ -1622,7 +1639,8 @@ def lr_find(self: Learner, start_lr=1e-7, end_lr=10, num_it=100, stop_div=True,
     funcs = listify(suggest_funcs)
     if show_plot:
         marks = [*funcs, *({valley} - {*funcs})]
-        self.recorder.plot_lr_find(suggestions=suggest_lrs(self.recorder, num_it, marks))
+        suggestions = suggest_lrs(self.recorder, num_it, marks)
+        self.recorder.plot_lr_find(suggestions=suggestions)
     return suggest_lrs(self.recorder, num_it, funcs) if funcs else None
 
 def suggest_lrs(recorder, num_it, funcs):
@@ -1705,8 +1723,9 @@ def in_order(dl, rows=None, drop_last=False, generator=OWN_GENERATOR):
         dataset = dataset if chosen is None else data_tools.Subset(dataset, chosen)
     names = ('batch_size num_workers collate_fn pin_memory timeout worker_init_fn '
              'multiprocessing_context')
-    own = {k: getattr(dl, k) for k in names.split()}
-    return data_tools.DataLoader(dataset, drop_last=drop_last, generator=generator, **own)
+    kwargs = {k: getattr(dl, k) for k in names.split()}
+    kwargs.update(drop_last=drop_last, generator=generator)
+    return data_tools.DataLoader(dataset, **kwargs)
 
 @patch
 def validate(self: Learner, ds_idx=1, dl=None, cbs=None):
@@ -1847,8 +1866,8 @@ def check_item(dls, inputs):
     rng, sample = rng_state(dls), dls.train_ds[0]
     set_rng_state(rng, dls)    # the data set may augment at random
     shape, own = (getattr(first_item(o), 'shape', ()) for o in (inputs, sample))
-    check(len(shape) == len(own), f"an item of shape {list(shape)}, but train_ds[0] has "
-          f"{list(own)}; for a batch, use get_preds(dl=[batch])")
+    check(len(shape) == len(own), f"an item of shape {list(shape)}, but train_ds[0] "
+          f"has {list(own)}; for a batch, use get_preds(dl=[batch])")
 
 @patch
 def tta(self: Learner, ds_idx=1, dl=None, n=4, item_tfms=None, batch_tfms=None,
@@ -1903,13 +1922,15 @@ def check_fits(opt, hypers, states):
     """
     params = [p for p, *_ in opt.all_params()]
     ok = (len(hypers), len(states)) == (len(opt.hypers), len(params))
+    named = {*getattr(opt, 'hp_map', {}).values()}    # torch's flags change by version
     for own, hyper in zip(opt.hypers, hypers):
-        ok = ok and own.keys() ^ hyper.keys() <= {'mom', 'wd'}    # a fit may add these
+        differ = (own.keys() ^ hyper.keys()) - {'mom', 'wd'}    # which a fit may add
+        ok = ok and not (differ & named if named else differ)
     for p, state in zip(params, states):
         for shape in [t.shape for t in state.values() if isinstance(t, torch.Tensor)]:
             sizes = zip(reversed(shape), reversed(p.shape))
             ok = ok and len(shape) <= p.dim() and all(n in (1, m) for n, m in sizes)
-    check(ok, "the state is of another one; to leave it out, say with_opt=False")
+    check(ok, "the state of another optimizer; to leave it out, say with_opt=False")
 
 def bare_state(model):
     """State dict of `model` under the keys that it has if no part of it is wrapped."""
@@ -2088,8 +2109,8 @@ def freeze_to(self: Optimizer, n):
 @patch
 def freeze(self: Optimizer):
     """Train only the last group. Raises: ValueError if it is the only one."""
-    check(len(self.param_lists) > 1, "freeze needs 2 or more parameter groups, and there "
-          "is 1: pass a splitter that makes them")
+    check(len(self.param_lists) > 1, "freeze needs 2 or more parameter groups, and "
+          "there is 1: pass a splitter that makes them")
     self.freeze_to(-1)
 
 @patch
@@ -2202,7 +2223,7 @@ class OptimWrapper(Optimizer):
 
     @property
     def param_lists(self):
-        """The parameters of each group; what is assigned reaches the torch optimizer."""
+        """The parameters of each group; assigned, they reach the torch optimizer."""
         return [group['params'] for group in self.opt.param_groups]
 
     @param_lists.setter
@@ -2526,8 +2547,9 @@ class MixedPrecision(Callback):
         self.autocast.__enter__()
 
     def after_pred(self):
-        pred = self.pred
-        self.learn.pred = map_tensors(lambda t: t.float() if t.dtype in HALF else t, pred)
+        def to_full(t):
+            return t.float() if t.dtype in HALF else t
+        self.learn.pred = map_tensors(to_full, self.pred)
 
     def after_loss(self):
         if self.autocast:
@@ -2640,9 +2662,9 @@ class CheckpointCallback(Callback):
     def go_on_from(self, state):
         """Take over what `save` wrote."""
         learn, plan = self.learn, state.get('plan')
-        check(plan == self.plan(), f"{self.file} is of another fit, {plan}, and this is "
-              f"{self.plan()}. Say resume=False to replace it; to train longer, load it "
-              "with Learner.load, and fit with another file")
+        check(plan == self.plan(), f"{self.file} is of another fit, {plan}, and this "
+              f"is {self.plan()}. To replace it: resume=False. To train longer, load "
+              "it with Learner.load, and fit with another file")
         put_state(self.file, state, learn.model, learn.opt)
         if 'loss_func' in state:
             self.loss_func.load_state_dict(state['loss_func'])
@@ -2811,7 +2833,7 @@ def distrib_ctx(self: Learner, **kwargs):
     if not torch.distributed.is_initialized():    # it stays, as torch starts it once
         backend = 'nccl' if device.type == 'cuda' else 'gloo'
         torch.distributed.init_process_group(backend)
-    atexit.unregister(leave_group)    # after an error, the others must not be waited for
+    atexit.unregister(leave_group)    # after an error, nobody waits for others
     quiet = self.no_logging() if process_rank() > 0 else nullcontext()
     try:
         with quiet, self.added_cbs(DistributedCallback(**kwargs)):
@@ -2883,7 +2905,7 @@ def step_together(opt):
             if isinstance(v, torch.Tensor):
                 joint[k] = TensorList([state[k] for state in states])
         for f in opt.cbs:
-            joint.update(f(TensorList(ps), **{**joint, **hyper}) or {})
+            joint.update(run_step(f, TensorList(ps), joint, hyper))
         for i, state in enumerate(states):
             for k, v in joint.items():
                 state[k] = v.tensors[i] if isinstance(v, TensorList) else v
@@ -2922,7 +2944,7 @@ def show_samples(xs, titles=None, ax=None):
     return ax
 
 def title(o):
-    """What stands over a picture: rounded numbers, and no tensors of several numbers."""
+    """What stands over a picture: numbers are rounded, larger tensors left out."""
     if isinstance(o, float):
         return f'{o:.4g}'
     return '' if isinstance(o, torch.Tensor) else str(o)

@@ -578,6 +578,10 @@ def test_labels_that_are_longer_than_inputs_are_refused():
         ml.TensorLoader(torch.ones(2), torch.ones(3))
     with pytest.raises(ValueError, match=r'\[8, 9\] rows'):
         ml.DataLoaders.from_tensors(torch.ones(8, 1), torch.ones(9), device='cpu')
+    with pytest.raises(ValueError, match='bs=0'):
+        ml.TensorLoader(torch.ones(2), bs=0)
+    with pytest.raises(ValueError, match='valid_pct=1'):
+        ml.DataLoaders.from_tensors(torch.ones(8, 1), valid_pct=1)
 
 
 def test_from_tensors_takes_arrays_and_tuples():
@@ -609,6 +613,8 @@ def test_types_of_batches_survive():
         assert type(moved) is type(b) and moved['x'].is_meta and not b['x'].is_meta, "moved, of the same type; a copy"
     moved = ml.map_tensors(lambda t: t + 1, Output(torch.ones(1), 'a'))
     assert type(moved) is Output and moved.logits.item() == 2 and moved.name == 'a', "a dataclass, too"
+    Frozen = dataclasses.make_dataclass('Frozen', ['logits', 'kind'], frozen=True, slots=True)
+    assert ml.map_tensors(lambda t: t + 1, Frozen(torch.ones(1), Frozen)).logits.item() == 2, "frozen, with slots, holding a class"
 
 
 @pytest.mark.parametrize('make', [lambda: ml.TensorLoader(torch.ones(3)), lambda: ml.DataLoaders([1, 2], device='cpu'),
@@ -1010,6 +1016,10 @@ def test_negative_learning_rates_are_refused():
             opt.set_hyper('lr', bad)
     with pytest.raises(ValueError, match='lr='):
         ml.SGD([param()], lr=-0.1)
+    two = ml.Optimizer([[1], [2]], ml.sgd_step, lr=0.1)
+    with pytest.raises(ValueError, match='lr='):
+        two.set_hyper('lr', [0.2, -0.1])
+    assert two.hypers == [{'lr': 0.1}] * 2, "all or none"
     assert opt.hypers == [{'lr': 0.1}], "a refused rate changes nothing"
 
 
@@ -1064,10 +1074,10 @@ def test_the_state_of_another_shape_is_refused_before_any_change(make):
         return opt
     a, b = stepped((1., 2.), (3.,)), stepped((3.,), (1., 2.))
     before = str(b.state_dict())
-    with pytest.raises(ValueError, match='of another one'):
+    with pytest.raises(ValueError, match='of another optimizer'):
         b.load_state_dict(a.state_dict())
     assert str(b.state_dict()) == before, "all shapes are compared before the first state is taken over"
-    with pytest.raises(ValueError, match='of another one'):
+    with pytest.raises(ValueError, match='of another optimizer'):
         ml.SGD([param()], lr=0.1).load_state_dict(ml.RMSProp([param()], lr=0.1).state_dict())
     swapped = dict(reversed(copy.deepcopy(a.state_dict()).items()))
     a.load_state_dict(swapped)      # the order of keys means nothing
@@ -1212,7 +1222,7 @@ def test_optimizer_state_goes_out_and_in():
     step(m1, o1, 2)
     step(m2, o2, 2)
     assert same(weights(m1), weights(m2)), "going on from a loaded state is going on"
-    with pytest.raises(ValueError, match='of another one'):
+    with pytest.raises(ValueError, match='of another optimizer'):
         ml.Adam([param()], lr=1).load_state_dict(state)
 
 
@@ -1372,7 +1382,7 @@ def test_states_that_are_smaller_than_their_parameter_can_be_saved():
     other = ml.OptimWrapper([nn.Parameter(torch.ones(3, 2))], torch.optim.Adafactor, lr=0.1)
     other.load_state_dict(copy.deepcopy(opt.state_dict()))
     assert other.opt.state, "the state has arrived"
-    with pytest.raises(ValueError, match='of another one'):
+    with pytest.raises(ValueError, match='of another optimizer'):
         ml.OptimWrapper([nn.Parameter(torch.ones(2, 3))], torch.optim.Adafactor, lr=0.1).load_state_dict(opt.state_dict())
 
 
@@ -1426,7 +1436,7 @@ def test_a_state_of_more_dimensions_is_refused():
     opt.step()
     state = opt.state_dict()
     larger = {**state, 'state': [{**one, 'grad_avg': torch.ones(3, 2)} for one in state['state']]}
-    with pytest.raises(ValueError, match='of another one'):
+    with pytest.raises(ValueError, match='of another optimizer'):
         opt.load_state_dict(larger)
 
 
@@ -5377,7 +5387,7 @@ def test_a_complete_training_says_that_nothing_is_left(tmp_path, capsys):
         "weights and history come back as they ended, and nothing is trained"
     assert again.final_record == done.final_record and float(again.smooth_loss) == float(done.recorder.losses[-1]), \
         "what the Recorder gives to the learner is there again, too"
-    with pytest.raises(ValueError, match='to train longer, load it'):
+    with pytest.raises(ValueError, match='To train longer, load'):
         checkpointed(tmp_path, 5)
 
 
