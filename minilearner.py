@@ -92,10 +92,10 @@ def fit_plain(model, train, valid, loss_func, opt, n_epoch):
 # --------------------------------------------------------------------------------------
 # 2. Events and callbacks: where your code steps into the loop
 # --------------------------------------------------------------------------------------
-# A part of the loop, such as a batch, fires before_batch when it begins. From then on,
-# after_batch is sure to come, even if an error ends the part. CancelBatchException ends
-# it early; then after_cancel_batch comes first. Likewise for the other parts. One more
-# event, after_create, comes once, at the end of the Learner's __init__.
+# A part of the loop, such as a batch, fires before_batch when it begins and after_batch
+# when it ends, even if an error ends it. CancelBatchException ends it early; then
+# after_cancel_batch comes first. Likewise for the other parts. One more event,
+# after_create, comes once, at the end of the Learner's __init__.
 
 def check(ok, message, error=ValueError):
     """Raise `error(message)` unless `ok`: how this file refuses bad input."""
@@ -233,7 +233,8 @@ class Callback:
         return getattr(self.learn, k)
 
     def __setattr__(self, k, v):
-        learn, is_new = self.learn, k not in vars(self) and not hasattr(Callback, k)
+        learn = self.learn
+        is_new = k not in vars(self) and not hasattr(Callback, k)
         if learn is not None and is_new and k != self.name:
             if k in vars(learn) or hasattr(type(learn), k):
                 text = (f"You are shadowing an attribute ({k}) that exists in the "
@@ -323,7 +324,8 @@ class Learner:
         with self.added_cbs(cbs):
             opt = self.ensure_opt(reset_opt)
             opt.set_hyper('lr', self.lr if lr is None else lr)
-            wds = [v for v in (wd, self.wd, opt.own_wd) if v is not None]
+            opt.own_wd = opt.own_wd or [h['wd'] for h in opt.hypers if 'wd' in h]
+            wds = [v for v in (wd, self.wd, opt.own_wd or None) if v is not None]
             if wds:
                 opt.set_hyper('wd', wds[0])
             self.n_epoch, self.start_epoch = n_epoch, start_epoch
@@ -331,6 +333,7 @@ class Learner:
                 self._stage('fit', self._all_epochs, CancelFitException)
                 self._forget_batch()
             finally:
+                opt.zero_grad()    # what a batch that broke off has left
                 self.training = False
                 for cb in self.cbs:
                     cb.run = True
@@ -390,12 +393,10 @@ class Learner:
     def _train_step(self):
         # backward starts from loss_grad, which a callback may scale; loss is reported
         opt, self.loss_grad = self.opt or self.ensure_opt(), self.loss
-        try:
-            self._stage('backward', lambda: self.loss_grad.backward(),
-                        CancelBackwardException)
-            self._stage('step', opt.step, CancelStepException)
-        finally:
-            opt.zero_grad()
+        self._stage('backward', lambda: self.loss_grad.backward(),
+                    CancelBackwardException)
+        self._stage('step', opt.step, CancelStepException)
+        opt.zero_grad()
 
     def _stage(self, name, body, cancel):
         """Fire before_<name>, run `body`, fire after_<name>; `cancel` ends it early.
@@ -405,11 +406,12 @@ class Learner:
         """
         completed, error = False, None
         try:
-            self._fire(f'before_{name}')
-            body()
-            completed = True
-        except cancel:
-            self._fire(f'after_cancel_{name}')
+            try:
+                self._fire(f'before_{name}')
+                body()
+                completed = True
+            except cancel:
+                self._fire(f'after_cancel_{name}')
         except BaseException as e:
             error = e
             raise
@@ -420,8 +422,8 @@ class Learner:
     def _fire(self, name, error=None):
         """Call the callbacks that define the event `name`; an error says which one.
 
-        error: one that is propagating. What a callback raises then is only noted, since
-        it would hide the error, and a Cancel would even end it.
+        error: the exception that is ending the part, if one is. What a callback raises
+        then becomes a note of it, so that it cannot hide it; but it replaces a Cancel.
         """
         if name not in self._handlers:
             self._handlers[name] = self.ordered_cbs(name)
@@ -455,7 +457,7 @@ class Learner:
         """The optimizer; a new one if `reset`, or if there is none for this model."""
         params = {*self.model.parameters()}
         # an optimizer that you made yourself has no `made_for`, and stays
-        if reset or self.opt is None or (self.opt.made_for or params) != params:
+        if reset or self.opt is None or self.opt.made_for not in (None, params):
             self.create_opt()
         return self.opt
 
@@ -470,7 +472,6 @@ class Learner:
         self.opt = self.new_opt(self.splitter(self.model), one_lr)
         self.opt.set_hyper('lr', lr)
         self.opt.made_for = {*self.model.parameters()}
-        self.opt.own_wd = [h['wd'] for h in self.opt.hypers if 'wd' in h] or None
         for p in [] if self.wd_bn_bias else norm_bias_params(self.model):
             self.opt.state[p]['do_wd'] = False
 
@@ -726,8 +727,8 @@ class AvgSmoothLoss(Metric):
         """Mix the loss of the batch in."""
         loss = batch_loss(learn).float()
         self.count += 1
-        # subtle: debiased at once. 1 - beta is the share of a new loss in a sum that
-        # began at 0; 1 - beta**count is the share of all losses in it so far
+        # losses weigh 1, beta, beta**2, ... back from the newest; its share of the sum
+        # of these weights debiases the average at once
         share = (1 - self.beta) / (1 - self.beta ** self.count)
         self.value = loss if self.count == 1 else self.value.lerp(loss, share)
 
@@ -876,7 +877,9 @@ class Recorder(Callback):
 
     def after_epoch(self):
         """Keep and show the row, unless the whole epoch was skipped."""
-        row, self.train_row, self.valid_row = self.train_row + self.valid_row, (), ()
+        row = self.train_row + self.valid_row
+        # an epoch that is cancelled in before_epoch must not show this row again
+        self.train_row, self.valid_row = (), ()
         if all(value is None for value in row):
             return
         self.iters.append(len(self.losses))
@@ -985,9 +988,9 @@ class DataLoaders:
         Raises: ValueError if the numbers of rows differ.
         """
         check(0 <= valid_pct < 1, f"valid_pct={valid_pct!r}: give a share below 1")
-        kwargs.setdefault('n_inp', len(as_tensors(x)))
-        train = TensorLoader(*as_tensors(x), *as_tensors(y), bs=bs, shuffle=shuffle,
-                             drop_last=drop_last)
+        xs, ys = as_tensors(x), as_tensors(y)
+        kwargs.setdefault('n_inp', len(xs))
+        train = TensorLoader(*xs, *ys, bs=bs, shuffle=shuffle, drop_last=drop_last)
         held_out = [t for part in valid or () for t in as_tensors(part)]
         if valid is None and valid_pct:
             tensors, n = train.dataset.tensors, len(train.dataset)
@@ -1009,6 +1012,7 @@ class DataLoaders:
         """
         names = ('path', 'n_inp', 'vocab', 'decode', 'targets', 'split')
         own = {k: kwargs.pop(k) for k in names if k in kwargs}
+        shuffle = shuffle and kwargs.get('sampler') is None
         train = data_tools.DataLoader(train_ds, bs, shuffle, **kwargs)
         kwargs.update(drop_last=False, sampler=None)
         valid = valid_ds
@@ -1175,7 +1179,8 @@ class Optimizer:
     >>> Optimizer([1, 2, 3], sgd_step, lr=0.1).hypers
     [{'lr': 0.1}]
     """
-    made_for = own_wd = None    # of a Learner: its model's parameters, its own wd
+    # what a Learner remembers: the parameters it was made for; its wd before any fit
+    made_for = own_wd = None
 
     def __init__(self, params, cbs, train_bn=True, **defaults):
         self.cbs, self.param_lists = listify(cbs), as_groups(params)
@@ -1271,8 +1276,8 @@ def spread(v, n):
         return [float(v.stop / 10)] * (n - 1) + [float(v.stop)]
     if isinstance(v, slice):    # back from the end, so that a single group gets it
         check(v.start > 0 and v.stop > 0, f"{v}: both ends must be above 0")
-        back = torch.arange(n - 1, -1, -1) / max(1, n - 1)
-        return [float(v.stop * (v.start / v.stop) ** step) for step in back.tolist()]
+        return [float(v.stop * (v.start / v.stop) ** (i / max(1, n - 1)))
+                for i in reversed(range(n))]
     values = v.tolist() if hasattr(v, 'tolist') else v    # of an array or a tensor
     values = list(values) if isinstance(values, (list, tuple)) else [values] * n
     check(len(values) == n, f"{v!r}: {len(values)} values for {n} parameter group(s)")

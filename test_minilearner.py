@@ -596,7 +596,7 @@ def test_from_tensors_takes_arrays_and_tuples():
 def test_from_dsets_knows_whose_keywords_are_whose():
     data = TensorDataset(*line_data(8))
     dls = ml.DataLoaders.from_dsets(data, TensorDataset(*line_data(0)), bs=4, vocab='ab', num_workers=0, timeout=0,
-                                    sampler=[0, 1], shuffle=False, drop_last=True, device='cpu')
+                                    sampler=[0, 1], drop_last=True, device='cpu')
     assert dls.vocab == 'ab' and list(dls.train.sampler) == [0, 1], "vocab is of DataLoaders, the sampler of the training"
     assert isinstance(dls.valid, DataLoader) and not dls.valid.drop_last and len(dls.valid) == 0, \
         "a data set without rows is one, too: it becomes a loader"
@@ -2639,6 +2639,18 @@ def test_a_tiny_transformer_trains_as_it_comes():
     learn.fit(5)
     preds, targs = learn.get_preds()
     assert preds.shape == (32, 2) and learn.validate()[0] < before, "no wrapper, no collator: it trains and predicts"
+
+
+def test_gradients_may_be_accumulated_as_in_fastai():
+    class Accumulate(ml.Callback):
+        def before_step(self):
+            if self.iter % 2 == 0: raise ml.CancelBatchException    # which skips zero_grad as well
+    learn, other = line_learner(opt_func=ml.SGD, cbs=Accumulate), line_learner(line_dls(bs=32), opt_func=ml.SGD, lr=0.2)
+    learn.fit(1)
+    other.fit(1)
+    assert all(torch.allclose(a, b) for a, b in zip(weights(learn.model), weights(other.model))), \
+        "two batches of 16 are one of 32, whose mean gradient is half of the sum"
+    assert learn.model.a.grad is None, "and nothing is left for the next fit"
 
 
 def test_a_torch_optimizer_that_is_assigned_is_wrapped_at_once():
