@@ -115,7 +115,7 @@ class event:
              - before_batch             xb and yb are there
              - after_pred               pred = model(*xb)
              - after_loss               loss = loss_func(pred, *yb), if there is a yb
-             - before_backward          from here on in training only
+             - before_backward          in training only, up to after_step
              - after_cancel_backward
              - after_backward           loss.backward() has made the gradients
              - before_step
@@ -313,7 +313,8 @@ class Learner:
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
         """Train for `n_epoch` epochs.
 
-        lr, wd: for this fit, as in `Optimizer.set_hyper`; default: the Learner's.
+        lr, wd: for this fit, as in `Optimizer.set_hyper`; default: the Learner's, else
+          the optimizer's own wd.
         cbs: callbacks for this fit only. reset_opt: begin with a new optimizer.
         start_epoch: skip the epochs before it; schedules go on as if they had run.
         If an error ends the fit, `xb, yb, pred, loss` stay for your debugger.
@@ -324,7 +325,6 @@ class Learner:
         with self.added_cbs(cbs):
             opt = self.ensure_opt(reset_opt)
             opt.set_hyper('lr', self.lr if lr is None else lr)
-            opt.own_wd = opt.own_wd or [h['wd'] for h in opt.hypers if 'wd' in h]
             wds = [v for v in (wd, self.wd, opt.own_wd or None) if v is not None]
             if wds:
                 opt.set_hyper('wd', wds[0])
@@ -459,6 +459,12 @@ class Learner:
         # an optimizer that you made yourself has no `made_for`, and stays
         if reset or self.opt is None or self.opt.made_for not in (None, params):
             self.create_opt()
+        held = {p for group in self.opt.param_lists for p in group}
+        if any(p.requires_grad and p not in held for p in self.opt.made_for or ()):
+            warnings.warn("some parameters that require a gradient are not in the "
+                          "optimizer, and will not train: say fit(..., reset_opt=True)")
+        if self.opt.own_wd is None:    # before any fit or file brings another
+            self.opt.own_wd = [h['wd'] for h in self.opt.hypers if 'wd' in h]
         return self.opt
 
     def create_opt(self):
@@ -623,8 +629,9 @@ class TrainEvalCallback(Callback):
     def before_train(self):
         """Frozen norm layers keep their statistics, too, if `train_bn` is False."""
         for m in self.model.train().modules():
-            if isinstance(m, NORM_LAYERS) and not self.train_bn:
-                m.train(any(p.requires_grad for p in m.parameters()))
+            params = [*m.parameters()]
+            if isinstance(m, NORM_LAYERS) and params and not self.train_bn:
+                m.train(any(p.requires_grad for p in params))
         self.learn.training = True
         self.learn.pct_train = self.epoch / self.n_epoch
 
@@ -1699,8 +1706,11 @@ def run_validation(learn, ds_idx, dl, reorder, cbs):
         loaders = learn.dls.loaders[ds_idx:]
         check(loaders and loaders[0] is not None, f"there is no loader {ds_idx}")
         dl = loaders[0]
-    with learn.validation_context(cbs):
-        learn.dl = in_order(dl) if reorder else dl
+    dl = in_order(dl) if reorder else dl
+    draws = isinstance(dl, data_tools.DataLoader) and dl.generator is None
+    own = replacing(dl, 'generator', OWN_GENERATOR) if draws else nullcontext()
+    with learn.validation_context(cbs), own:
+        learn.dl = dl
         learn._stage('validate', learn.all_batches, CancelValidException)
 
 # Loaders of predictions draw from it, not from torch's global generator
@@ -1866,11 +1876,15 @@ def predict(self: Learner, item, with_input=False):
 
 def check_item(dls, inputs):
     """Refuse a batch where one item is expected; see `Learner.predict`."""
-    if not hasattr(dls.train_ds, '__getitem__'):
+    is_stream = isinstance(dls.train_ds, data_tools.IterableDataset)
+    if is_stream or dls.split or not hasattr(dls.train_ds, '__getitem__'):
         return
     rng, sample = rng_state(dls), dls.train_ds[0]
     set_rng_state(rng, dls)    # the data set may augment at random
-    shape, own = (getattr(first_item(o), 'shape', ()) for o in (inputs, sample))
+    if isinstance(sample, Mapping):
+        sample = [sample[k] for k in inputs[0] if k in sample]
+    shape = getattr(first_item(inputs), 'shape', ())
+    own = getattr(first_item(sample), 'shape', shape)    # a list, say, has none
     check(len(shape) == len(own), f"an item of shape {list(shape)}, but train_ds[0] "
           f"has {list(own)}; for a batch, use get_preds(dl=[batch])")
 
@@ -1939,13 +1953,19 @@ def check_fits(opt, hypers, states):
 
 def bare_state(model):
     """State dict of `model` under the keys that it has if no part of it is wrapped."""
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    model = model.module if isinstance(model, parallel) else model
-    return {bare_key(k): v for k, v in model.state_dict().items()}
+    state = model.state_dict()
+    return {bare: state[name] for bare, name in bare_names(model).items()}
 
-def bare_key(k):
-    """A key of a state dict without the marks of wrapped and of compiled parts."""
-    return k.replace('_orig_mod.', '').removeprefix('module.')
+def bare_names(model):
+    """For each such key, the key of `model` as it is, with the marks of wrappers."""
+    names, prefix = list(model.state_dict()), ''
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model, prefix = model.module, f'{prefix}module.'
+        elif hasattr(model, '_orig_mod'):
+            model, prefix = model._orig_mod, f'{prefix}_orig_mod.'
+        else:
+            return {k.removeprefix(prefix).replace('_orig_mod.', ''): k for k in names}
 
 def save_model(file, model, opt, with_opt=True, pickle_protocol=2):
     """Write the state dict of `model` and, if given and `with_opt`, that of `opt`.
@@ -2011,9 +2031,11 @@ def put_state(file, state, model, opt, with_opt=None, strict=True):
     both = isinstance(state, dict) and state.keys() >= {'model', 'opt'}
     weights, opt_state = (state['model'], state['opt']) if both else (state, None)
     check(isinstance(weights, dict), f"{file} holds no state dict of a model")
-    names = {bare_key(k): k for k in model.state_dict()}
-    own = {k: model.state_dict()[name] for k, name in names.items()}
-    weights = {bare_key(str(k)): v for k, v in weights.items()}
+    names, own = bare_names(model), bare_state(model)
+    weights = {str(k).replace('_orig_mod.', ''): v for k, v in weights.items()}
+    marked = all(k.startswith('module.') for k in weights)
+    if marked and not own.keys() >= weights.keys():    # of a wrapped model, by others
+        weights = {k.removeprefix('module.'): v for k, v in weights.items()}
     fit = {k: v for k, v in weights.items() if k in own and kind(v) == kind(own[k])}
     misfits = ', '.join(sorted((own.keys() | weights.keys()) - fit.keys()))
     check(not strict or not misfits, f"{file} does not fit the model in {misfits}")
@@ -2950,6 +2972,8 @@ def show_samples(xs, titles=None, ax=None):
 
 def title(o):
     """What stands over a picture: numbers are rounded, larger tensors left out."""
+    if isinstance(o, torch.Tensor) and o.numel() == 1:
+        o = o.item()
     if isinstance(o, float):
         return f'{o:.4g}'
     return '' if isinstance(o, torch.Tensor) else str(o)

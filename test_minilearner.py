@@ -2653,6 +2653,18 @@ def test_gradients_may_be_accumulated_as_in_fastai():
     assert learn.model.a.grad is None, "and nothing is left for the next fit"
 
 
+def test_what_was_thawed_by_hand_and_is_not_in_the_optimizer_is_not_silent():
+    learn = line_learner()
+    learn.model.a.requires_grad_(False)
+    learn.fit(1)
+    learn.model.a.requires_grad_(True)
+    with pytest.warns(UserWarning, match='not in the optimizer.*reset_opt=True'):
+        learn.fit(1)
+    before = learn.model.a.item()
+    learn.fit(1, reset_opt=True)
+    assert learn.model.a.item() != before, "a new optimizer has it"
+
+
 def test_a_torch_optimizer_that_is_assigned_is_wrapped_at_once():
     learn = line_learner()
     learn.opt = torch.optim.SGD(learn.model.parameters(), lr=0.1)
@@ -4839,10 +4851,43 @@ def test_the_second_of_many_processes_writes_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir()), "all have the same state: the first writes it"
 
 
+def test_a_part_of_the_model_that_is_named_module_keeps_its_name(tmp_path):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module, self.weight = nn.Linear(2, 2, bias=False), nn.Parameter(torch.zeros(2))
+    model, other = Two(), Two()
+    other.load_state_dict(torch.load(ml.save_model(tmp_path / 'm.pth', model, None), weights_only=True))
+    assert same(weights(model), weights(other)), "stock torch reads all of it"
+    ml.save_model(tmp_path / 'wrapped.pth', nn.DataParallel(model), None)
+    ml.load_model(tmp_path / 'wrapped.pth', Two(), None)
+    torch.save(nn.DataParallel(model).state_dict(), tmp_path / 'others.pth')
+    ml.load_model(tmp_path / 'others.pth', Two(), None)     # saved by others, with the marks of the wrapper
+
+
+def test_predict_asks_the_training_set_only_where_it_can_answer():
+    class Stream(IterableDataset):
+        def __iter__(self): return iter(TensorDataset(*line_data(4)))
+    for train in (DataLoader(Stream(), 2), DataLoader([([1.], 2.)] * 4, 2)):
+        assert line_learner(ml.DataLoaders(train, device='cpu')).predict(torch.ones(1))[2].shape == (1,), \
+            "a stream has no first row, and a list no shape"
+
+
+def test_predictions_draw_no_number_from_the_training_whatever_the_loader():
+    data = TensorDataset(*line_data(24, 1))
+    class Stream(IterableDataset):
+        def __iter__(self): return iter(data)
+    for valid in (DataLoader(data, batch_sampler=torch.utils.data.BatchSampler(range(24), 8, False)), DataLoader(Stream(), 8)):
+        learn, before = line_learner(ml.DataLoaders(line_dls().train, valid, device='cpu')), torch.get_rng_state()
+        learn.validate(), learn.get_preds()
+        assert torch.equal(torch.get_rng_state(), before) and valid.generator is None, "each pass would take a seed for workers"
+
+
 def test_titles_are_short():
     import matplotlib.pyplot as plt
     learn = line_learner()
     titles = [ax.get_title() for ax in learn.show_results(max_n=4).flat]
+    assert all(len(text.split()) == 2 for text in titles), "target over prediction, also of targets (N, 1)"
     assert all(len(number.strip('-').replace('.', '')) <= 5 for text in titles for number in text.split()), titles
     x = torch.rand(8, 1, 6)
     auto = line_learner(ml.DataLoaders.from_tensors(x, x, valid=(x, x), device='cpu'), nn.Linear(6, 6))
