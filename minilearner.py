@@ -2255,6 +2255,7 @@ class OptimWrapper(Optimizer):
 
     @param_lists.setter
     def param_lists(self, lists):
+        """Give each torch group other parameters."""
         for group, params in zip(self.opt.param_groups, lists, strict=True):
             group['params'] = params
 
