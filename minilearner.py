@@ -693,7 +693,10 @@ class AvgMetric(Metric):
         """Add the mean of `bs` samples; it stays on the device, so nothing waits."""
         if isinstance(value, torch.Tensor):
             value = without_graph(value)
-            if value.dtype != torch.float32:
+            if value.numel() != 1:
+                raise TypeError(f"metric {self.name!r} has the shape "
+                                f"{list(value.shape)}, and is not one number")
+            if value.dtype != torch.float32 and value.dtype != torch.float64:
                 value = value.float()    # a sum of float16 would soon overflow
         if isinstance(value, torch.Tensor) and isinstance(self.total, torch.Tensor):
             self.total = self.total.add(value, alpha=bs)    # one operation, not two
@@ -792,7 +795,8 @@ def accuracy(pred, target, axis=-1):
     Raises: ValueError for a single score per sample, or other shapes.
     """
     found = pred.argmax(axis)
-    if pred.shape[axis] < 2 or found.numel() != target.numel():
+    fits = found.shape == target.shape or found.shape == target.squeeze(-1).shape
+    if pred.shape[axis] < 2 or not fits:
         raise ValueError(f"accuracy of scores {tuple(pred.shape)} and targets "
                          f"{tuple(target.shape)}: give 2 or more scores along axis "
                          f"{axis}, and one class for each other position")
@@ -899,7 +903,11 @@ class Recorder(Callback):
 
 def final_value(metric):
     """The value of a metric as a Python number. Raises: TypeError if it is none."""
-    value = metric.value
+    try:
+        value = metric.value
+    except Exception as error:
+        error.add_note(f"raised by the metric {metric.name!r}")
+        raise
     if hasattr(value, 'item') and math.prod(value.shape) == 1:
         value = value.item()
     is_number = value is None or isinstance(value, (int, float))
@@ -1537,11 +1545,12 @@ class ParamScheduler(Callback):
 
     def before_fit(self):
         """Refuse hypers that the optimizer does not have; `mom` may be added."""
+        self.hps = {}
         check(loader_len(self.dls.train) is not None, "a schedule needs the number of "
               "batches of an epoch: give the training loader a __len__")
         known = {*self.opt.hypers[-1], 'mom'}
         for name, sched in self.scheds.items():
-            check(name in known, f"no hyper {name!r}: there are {sorted(known)}")
+            check(name in known, f"no hyper {name!r}: it has {sorted(known)}")
             self.opt.set_hyper(name, sched(0.))
         self.hps = {name: [] for name in self.scheds}
 
@@ -1552,7 +1561,7 @@ class ParamScheduler(Callback):
 
     def after_fit(self):
         if 'recorder' in vars(self.learn):
-            self.recorder.hps.update(self.hps)
+            self.recorder.hps = {**self.recorder.hps, **self.hps}
 
 @patch
 def fit_one_cycle(self: Learner, n_epoch, lr_max=None, div=25., div_final=1e5,
@@ -1573,7 +1582,7 @@ def fit_one_cycle(self: Learner, n_epoch, lr_max=None, div=25., div_final=1e5,
     start, end = [lr / div for lr in peak], [lr / div_final for lr in peak]
     scheds = {'lr': combined_cos(pct_start, start, peak, end)}
     if any(hyper.get('mom') != 0 for hyper in opt.hypers):
-        scheds['mom'] = combined_cos(pct_start, *(moms or self.moms))
+        scheds['mom'] = combined_cos(pct_start, *(self.moms if moms is None else moms))
     cbs = [ParamScheduler(scheds), *listify(cbs)]
     self.fit(n_epoch, peak, wd, cbs, start_epoch=start_epoch)
 
@@ -3088,8 +3097,9 @@ class ProgressCallback(Callback):
         if self.has_bar and time.perf_counter() - self.drawn_at > 0.1:
             self.drawn_at = time.perf_counter()
             phase = 'train' if self.training else 'valid'
-            text = (f'epoch {self.epoch + 1}/{self.n_epoch} {phase} '
-                    f'batch {self.iter + 1}/{self.n_iter or "?"} loss {self.loss:.4f}')
+            batch = f'{self.iter + 1}/{self.n_iter or "?"}'
+            text = (f'epoch {self.epoch + 1}/{self.n_epoch} {phase} batch {batch} '
+                    f'loss {batch_loss(self):.4f}')
             print(f'\r{text:60}', end='', flush=True)
 
     def after_train(self):

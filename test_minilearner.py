@@ -2764,7 +2764,7 @@ def test_accuracy_and_error_rate():
     assert ml.accuracy(pred.T, target, axis=0).item() == 0.75, "axis holds the classes: each column is a sample here"
     assert ml.error_rate(pred.T, target, axis=0).item() == 0.25, "for the errors, too"
     assert ml.accuracy(pred, target[:, None]).item() == 0.75, "a column of targets is not compared with every prediction"
-    for bad in ((pred, target[:1]), (pred[:, :1], target), (pred[:, 0], target)):
+    for bad in ((pred, target[:1]), (pred[:, :1], target), (pred[:, 0], target), (torch.rand(2, 5, 3), torch.ones(5, 2))):
         with pytest.raises(ValueError, match='2 or more scores'):
             ml.accuracy(*bad)       # one logit a row would be constant, other shapes would broadcast
 
@@ -4009,6 +4009,11 @@ def test_a_metric_that_is_no_number_or_raises_is_named():
     def fails(pred, y): raise ZeroDivisionError
     with pytest.raises(TypeError, match="metric 'vector'.*not one number"):
         line_learner(metrics=vector).fit(1)
+    class Broken(ml.Metric):
+        value = property(lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as info:
+        line_learner(metrics=Broken).fit(1)
+    assert "raised by the metric 'broken'" in info.value.__notes__, "also at the end of the pass"
     with pytest.raises(ZeroDivisionError) as info:
         line_learner(metrics=fails).fit(1)
     assert "raised by the metric 'fails'" in info.value.__notes__, "which one of many"
