@@ -2660,7 +2660,7 @@ class CheckpointCallback(Callback):
     Raises: ValueError, before anything changes, for a file of another training.
     """
     order, only_fit = math.inf, True    # last: it saves what all did
-    file, finished = None, False
+    file, finished, checked = None, False, False
 
     def __init__(self, fname, every=1, resume=True):
         self.fname, self.every, self.resume = fname, every, resume
@@ -2695,6 +2695,9 @@ class CheckpointCallback(Callback):
         if isinstance(loss_func, nn.Module):
             state['loss_func'] = loss_func.state_dict()
         save_state(state, self.file)
+        if process_rank() == 0 and not self.checked:
+            load_state(self.file)    # what cannot be read again should be known now
+        self.checked = True
 
     def go_on_from(self, state):
         """Take over what `save` wrote."""

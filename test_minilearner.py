@@ -5745,6 +5745,14 @@ def test_nothing_is_best_before_an_epoch():
     assert learn.tracker.new_best is False and learn.tracker.best is None, "there was none to compare"
 
 
+def test_what_a_checkpoint_cannot_read_again_is_known_at_the_first_save(tmp_path):
+    class Odd(ml.Callback):
+        keeps = ('odd',)
+        odd = object()
+    with pytest.raises(ValueError, match='cannot load .*run.pth'):
+        line_learner(path=tmp_path).fit(2, cbs=[Odd(), ml.CheckpointCallback('run')])
+
+
 def test_a_fit_that_ends_early_says_why(tmp_path, capsys):
     def printed_by(learn, *cbs):
         learn.logger = print
