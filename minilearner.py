@@ -1327,6 +1327,7 @@ import argparse
 import atexit
 import gc
 import inspect
+import io
 import operator
 import os
 import pickle
@@ -2454,7 +2455,7 @@ class SaveModelCallback(TrackerCallback):
     def after_fit(self):
         if self.at_end and not self.failed:
             self.learn.save(self.fname, self.with_opt)
-        elif self.saved and not self.failed:
+        elif self.saved and not self.failed and self.start_epoch < self.n_epoch:
             self.learn.load(self.fname)
             say(self.learn, f"loaded the best weights: {self.monitor} {self.best:.6f}")
 
@@ -2550,6 +2551,8 @@ class RNNRegularizer(Callback):
 HALF = (torch.float16, torch.bfloat16)
 FP16_DEVICES = {'cuda'}
 
+Learner.autocast = None    # the context that is entered, while one is
+
 class MixedPrecision(Callback):
     """Predicts and computes the loss in half precision; weights stay float32.
 
@@ -2559,8 +2562,7 @@ class MixedPrecision(Callback):
     Source: Micikevicius and others, 'Mixed Precision Training', 2018.
     """
     order = -4    # gradients are unscaled after accumulating, before clipping
-    autocast = scaler = None
-    warned = False
+    scaler, warned = None, False
 
     def __init__(self, amp_mode='fp16'):
         check(amp_mode in ('fp16', 'bf16'), f"amp_mode={amp_mode!r}: 'fp16' or 'bf16'")
@@ -2580,8 +2582,9 @@ class MixedPrecision(Callback):
             self.warned = True
 
     def before_batch(self):
-        self.autocast = torch.autocast(self.dls.device.type, self.half())
-        self.autocast.__enter__()
+        # kept on the learner: predictions in the middle of a batch put it back
+        self.learn.autocast = torch.autocast(self.dls.device.type, self.half())
+        self.learn.autocast.__enter__()
 
     def after_pred(self):
         def to_full(t):
@@ -2589,9 +2592,9 @@ class MixedPrecision(Callback):
         self.learn.pred = map_tensors(to_full, self.pred)
 
     def after_loss(self):
-        if self.autocast:
-            self.autocast.__exit__(None, None, None)
-        self.autocast = None
+        if self.learn.autocast:
+            self.learn.autocast.__exit__(None, None, None)
+        self.learn.autocast = None
 
     after_batch = after_fit = after_loss    # if the batch ended before its loss
 
@@ -2694,10 +2697,13 @@ class CheckpointCallback(Callback):
                  'rng': rng_state(learn.dls), 'plan': self.plan()}
         if isinstance(loss_func, nn.Module):
             state['loss_func'] = loss_func.state_dict()
-        save_state(state, self.file)
-        if process_rank() == 0 and not self.checked:
-            load_state(self.file)    # what cannot be read again should be known now
+        if not self.checked:    # what cannot be read again must not replace a good file
+            trial = io.BytesIO()
+            torch.save(state, trial)
+            trial.seek(0)
+            load_state(trial)
         self.checked = True
+        save_state(state, self.file)
 
     def go_on_from(self, state):
         """Take over what `save` wrote."""
@@ -2705,9 +2711,9 @@ class CheckpointCallback(Callback):
         check(plan == self.plan(), f"{self.file} is of another fit, {plan}, and this "
               f"is {self.plan()}. To replace it: resume=False. To train longer, load "
               "it with Learner.load, and fit with another file")
+        if isinstance(self.loss_func, nn.Module):
+            put_state(self.file, state.get('loss_func', {}), self.loss_func, None)
         put_state(self.file, state, learn.model, learn.opt)
-        if 'loss_func' in state:
-            self.loss_func.load_state_dict(state['loss_func'])
         for cb, own in zip(learn.cbs, state['cbs']):
             cb.load_state_dict(to_device(own, learn.dls.device))
         if state['frozen_idx'] != learn.opt.frozen_idx:

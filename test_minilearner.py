@@ -5749,8 +5749,39 @@ def test_what_a_checkpoint_cannot_read_again_is_known_at_the_first_save(tmp_path
     class Odd(ml.Callback):
         keeps = ('odd',)
         odd = object()
-    with pytest.raises(ValueError, match='cannot load .*run.pth'):
+    with pytest.raises(ValueError, match='cannot load'):
         line_learner(path=tmp_path).fit(2, cbs=[Odd(), ml.CheckpointCallback('run')])
+    assert not (tmp_path / 'models' / 'run.pth').exists(), "a good file is not replaced by one that cannot be read"
+
+
+def test_predictions_in_the_middle_of_a_batch_leave_no_autocast_behind():
+    def look(self):
+        if self.training: self.learn.get_preds()
+    line_learner(cbs=ml.Callback(before_batch=look)).to_bf16().fit(1)
+    assert not torch.is_autocast_enabled('cpu'), "what the batch has entered, it leaves"
+
+
+def test_a_checkpoint_of_a_loss_with_other_weights_is_refused_before_anything_changes(tmp_path):
+    class Loss(nn.Module):
+        def __init__(self, n):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(n))
+        def forward(self, pred, y): return F.mse_loss(pred, y) * self.w.mean()
+    line_learner(path=tmp_path, loss_func=Loss(2)).fit(1, cbs=ml.CheckpointCallback('run'))
+    other = line_learner(path=tmp_path, loss_func=Loss(3))
+    with pytest.raises(ValueError, match='does not fit'):
+        other.fit(1, cbs=ml.CheckpointCallback('run'))
+    assert same(weights(other.model), weights(Line())), "the loss is checked before the model changes"
+
+
+def test_a_complete_fit_keeps_its_weights_whatever_the_file_of_the_best_has_become(tmp_path):
+    def run(): 
+        learn = line_learner(path=tmp_path)
+        learn.fit(2, cbs=[ml.SaveModelCallback(), ml.CheckpointCallback('run')])
+        return weights(learn.model)
+    first = run()
+    ml.save_model(tmp_path / 'models' / 'model.pth', Line(), None)      # another fit has saved its best there
+    assert not same(first, weights(Line())) and same(run(), first), "those of the checkpoint"
 
 
 def test_a_fit_that_ends_early_says_why(tmp_path, capsys):
