@@ -325,9 +325,11 @@ class Learner:
         with self.added_cbs(cbs):
             opt = self.ensure_opt(reset_opt)
             opt.set_hyper('lr', self.lr if lr is None else lr)
-            wds = [v for v in (wd, self.wd, opt.own_wd or None) if v is not None]
-            if wds:
-                opt.set_hyper('wd', wds[0])
+            # the optimizer's own is set again, as an earlier fit may have had another
+            for default in (self.wd, opt.own_wd or None):
+                wd = default if wd is None else wd
+            if wd is not None:
+                opt.set_hyper('wd', wd)
             self.n_epoch, self.start_epoch = n_epoch, start_epoch
             try:
                 self._stage('fit', self._all_epochs, CancelFitException)
@@ -628,9 +630,10 @@ class TrainEvalCallback(Callback):
 
     def before_train(self):
         """Frozen norm layers keep their statistics, too, if `train_bn` is False."""
-        for m in self.model.train().modules():
+        self.model.train()
+        for m in [] if self.train_bn else self.model.modules():
             params = [*m.parameters()]
-            if isinstance(m, NORM_LAYERS) and params and not self.train_bn:
+            if isinstance(m, NORM_LAYERS) and params:
                 m.train(any(p.requires_grad for p in params))
         self.learn.training = True
         self.learn.pct_train = self.epoch / self.n_epoch
@@ -1056,8 +1059,9 @@ class DataLoaders:
             n = self.n_inp or max(1, len(b) - 1)
             return tuple(b[:n]), tuple(b[n:])
         if isinstance(b, Mapping):
-            check(self.targets, f"a batch with the keys {list(b)}: say which are "
-                  "targets, DataLoaders(..., targets=key)", TypeError)
+            if not self.targets:
+                raise TypeError(f"a batch with the keys {list(b)}: say which are "
+                                "targets, DataLoaders(..., targets=key)")
             inputs = Keywords({k: v for k, v in b.items() if k not in self.targets})
             return (inputs,), tuple(b[k] for k in self.targets if k in b)
         return (b,), ()
@@ -1220,7 +1224,9 @@ class Optimizer:
         """
         values = spread(v, len(self.param_lists))
         ok = all(isinstance(value, (int, float)) and value >= 0 for value in values)
-        check(ok or k not in ('lr', 'wd'), f"{k}={v!r}: give a number of at least 0")
+        # no `check`: schedules come here in every batch, and need no text
+        if k in ('lr', 'wd') and not ok:
+            raise ValueError(f"{k}={v!r}: give a number of at least 0")
         for i, value in enumerate(values):
             self._set(i, k, value)
 
@@ -1295,7 +1301,8 @@ def spread(v, n):
                 for i in reversed(range(n))]
     values = v.tolist() if hasattr(v, 'tolist') else v    # of an array or a tensor
     values = list(values) if isinstance(values, (list, tuple)) else [values] * n
-    check(len(values) == n, f"{v!r}: {len(values)} values for {n} parameter group(s)")
+    if len(values) != n:
+        raise ValueError(f"{v!r}: {len(values)} values for {n} parameter group(s)")
     return [value.item() if hasattr(value, 'item') else value for value in values]
 
 def SGD(params, lr, mom=0., wd=0., decouple_wd=True):
@@ -1964,11 +1971,11 @@ def check_fits(opt, hypers, states):
 def bare_state(model):
     """State dict of `model` under the keys that it has if no part of it is wrapped."""
     state = model.state_dict()
-    return {bare: state[name] for bare, name in bare_names(model).items()}
+    return {bare: state[name] for bare, name in bare_names(model, state).items()}
 
-def bare_names(model):
-    """For each such key, the key of `model` as it is, with the marks of wrappers."""
-    names, prefix = list(model.state_dict()), ''
+def bare_names(model, names):
+    """`{bare key: key}` for the keys `names` of `model`, with the marks of wrappers."""
+    prefix = ''
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model, prefix = model.module, f'{prefix}module.'
@@ -2020,7 +2027,8 @@ def load_state(file, device='cpu', weights_only=True):
             f.seek(start)
             return torch.load(f, map_location=device, weights_only=weights_only)
         except Exception as e:
-            raise ValueError(f"cannot load {file} (is it torch.save's?): {e!r}") from e
+            name = getattr(f, 'name', file)
+            raise ValueError(f"cannot load {name} (is it torch.save's?): {e!r}") from e
 
 def load_model(file, model, opt, with_opt=None, device=None, strict=True):
     """Load what `save_model` wrote into `model` and `opt`, wherever these live.
@@ -2041,7 +2049,9 @@ def put_state(file, state, model, opt, with_opt=None, strict=True):
     both = isinstance(state, dict) and state.keys() >= {'model', 'opt'}
     weights, opt_state = (state['model'], state['opt']) if both else (state, None)
     check(isinstance(weights, dict), f"{file} holds no state dict of a model")
-    names, own = bare_names(model), bare_state(model)
+    own = model.state_dict()
+    names = bare_names(model, own)
+    own = {k: own[name] for k, name in names.items()}
     weights = {str(k).replace('_orig_mod.', ''): v for k, v in weights.items()}
     marked = all(k.startswith('module.') for k in weights)
     if marked and not own.keys() >= weights.keys():    # of a wrapped model, by others
@@ -2699,6 +2709,7 @@ class CheckpointCallback(Callback):
             state['loss_func'] = loss_func.state_dict()
         if not self.checked:    # what cannot be read again must not replace a good file
             trial = io.BytesIO()
+            trial.name = str(self.file)    # for the error
             torch.save(state, trial)
             trial.seek(0)
             load_state(trial)

@@ -5749,7 +5749,7 @@ def test_what_a_checkpoint_cannot_read_again_is_known_at_the_first_save(tmp_path
     class Odd(ml.Callback):
         keeps = ('odd',)
         odd = object()
-    with pytest.raises(ValueError, match='cannot load'):
+    with pytest.raises(ValueError, match='cannot load .*run.pth'):
         line_learner(path=tmp_path).fit(2, cbs=[Odd(), ml.CheckpointCallback('run')])
     assert not (tmp_path / 'models' / 'run.pth').exists(), "a good file is not replaced by one that cannot be read"
 
