@@ -143,7 +143,6 @@ class event:
      - after_fit
     """
 
-check(event.__doc__, "python -OO removes the list of events: use -O", ImportError)
 EVENTS = ('after_create', *re.findall(r'- (\w+)', event.__doc__))
 BATCH_EVENTS = EVENTS[EVENTS.index('before_batch'):EVENTS.index('after_batch') + 1]
 for _name in EVENTS:
@@ -159,6 +158,11 @@ class CancelTrainException(CancelException): "Skip the rest of the training pass
 class CancelValidException(CancelException): "Skip the rest of the validation pass."
 class CancelEpochException(CancelException): "Skip the rest of the epoch."
 class CancelFitException(CancelException): "End the training."
+
+def breadth(error):
+    """How much an exception ends: a Cancel by its place above, an error everything."""
+    cancels = CancelException.__subclasses__()
+    return cancels.index(type(error)) if type(error) in cancels else len(cancels)
 
 def check_event(name):
     """Raise AttributeError, naming the nearest event, unless `name` is an event."""
@@ -241,8 +245,6 @@ class Callback:
                         f"learner. Use `self.learn.{k}` to avoid this")
                 warnings.warn(text, stacklevel=2)
         super().__setattr__(k, v)
-        if learn is not None and k in EVENTS:
-            learn._handlers.clear()    # who handles what has changed
 
     def __repr__(self):
         return type(self).__name__
@@ -299,12 +301,10 @@ class Learner:
         self.metrics = [mk_metric(m) for m in listify(metrics)]
         self.path, self.model_dir = Path(path or dls.path), model_dir
         self.logger, self.opt, self.training = print, None, False
-        self.completed, self.failed = True, False
         self.epoch, self.n_epoch, self.train_iter, self.pct_train = 0, 1, 0, 0.
-        self.iter, self.n_iter = 0, None
+        self.iter, self.n_iter, self.completed, self.failed = 0, None, True, False
         self._forget_batch()
-        self.loss = torch.tensor(0.)
-        self._cbs, self._handlers = [], {}
+        self.loss, self._cbs, self._handlers = torch.tensor(0.), [], {}
         self.cbs = [*(defaults.callbacks if default_cbs else []), *listify(cbs)]
         self('after_create')
 
@@ -364,8 +364,6 @@ class Learner:
         try:
             self.xb, self.yb = self.dls.split_batch(to_device(b, self.dls.device))
             self._stage('batch', self._one_batch, CancelBatchException)
-        except CancelException:
-            raise
         except Exception as error:
             error.add_note(where(self))
             raise
@@ -425,7 +423,8 @@ class Learner:
         """Call the callbacks that define the event `name`; an error says which one.
 
         error: the exception that is ending the part, if one is. What a callback raises
-        then becomes a note of it, so that it cannot hide it; but it replaces a Cancel.
+        then replaces it if it ends more, as an error ends more than any Cancel. Else it
+        becomes a note, so that nothing hides the first error.
         """
         if name not in self._handlers:
             self._handlers[name] = self.ordered_cbs(name)
@@ -435,12 +434,13 @@ class Learner:
                     cb(name)
             except BaseException as e:
                 e.add_note(f"raised by the callback {cb!r} in {name}")
-                if error is None or isinstance(error, CancelException):
+                if error is None or breadth(e) > breadth(error):
                     raise
                 error.add_note(f"then {cb!r} raised {e!r} in {name}")
 
     def __call__(self, event_name):
         """Call an event, or a list of them, on the callbacks, in order."""
+        self._handlers = {}    # a handler may have been set on a callback
         for name in listify(event_name):
             check_event(name)
             self._fire(name)
@@ -456,15 +456,11 @@ class Learner:
     # ---- the optimizer
 
     def ensure_opt(self, reset=False):
-        """The optimizer; a new one if `reset`, or if there is none for this model."""
-        params = {*self.model.parameters()}
+        """The optimizer; a new one if `reset`, or if the model has others to train."""
+        params = {*trainable_params(self.model)}
         # an optimizer that you made yourself has no `made_for`, and stays
-        if reset or self.opt is None or self.opt.made_for not in (None, params):
+        if reset or self.opt is None or params - (self.opt.made_for or params):
             self.create_opt()
-        held = {p for group in self.opt.param_lists for p in group}
-        if any(p.requires_grad and p not in held for p in self.opt.made_for or ()):
-            warnings.warn("some parameters that require a gradient are not in the "
-                          "optimizer, and will not train: say fit(..., reset_opt=True)")
         if self.opt.own_wd is None:    # before any fit or file brings another
             self.opt.own_wd = [h['wd'] for h in self.opt.hypers if 'wd' in h]
         return self.opt
@@ -479,7 +475,7 @@ class Learner:
         one_lr = lr if isinstance(lr, (int, float)) else defaults.lr
         self.opt = self.new_opt(self.splitter(self.model), one_lr)
         self.opt.set_hyper('lr', lr)
-        self.opt.made_for = {*self.model.parameters()}
+        self.opt.made_for = {*trainable_params(self.model)}.union(*self.opt.param_lists)
         for p in [] if self.wd_bn_bias else norm_bias_params(self.model):
             self.opt.state[p]['do_wd'] = False
 
@@ -503,6 +499,8 @@ class Learner:
             cb.learn = None
             vars(self).pop(cb.name, None)
         for cb in cbs:
+            if cb.learn is not None:    # a callback serves one learner, the last one
+                cb.learn.remove_cbs(cb)
             cb.learn, vars(self)[cb.name] = self, cb
         self._cbs, self._handlers = cbs, {}
 
@@ -562,11 +560,11 @@ def check_parts(dls, model, loss_func, opt_func):
     """Refuse what is easily mixed up when a Learner is made; see there."""
     check(isinstance(dls, DataLoaders), f"dls is a {type(dls).__name__}: write "
           "Learner(DataLoaders(train, valid), model, ...)", TypeError)
+    check(isinstance(model, nn.Module), f"model={model!r}: give an object of a "
+          "subclass of nn.Module", TypeError)
     loss_func = loss_func or getattr(dls.train_ds, 'loss_func', None)
-    check(callable(loss_func), f"loss_func={loss_func!r}: give, say, nn.MSELoss()")
-    for name, o in [('model', model), ('loss_func', loss_func)]:
-        check(not isinstance(o, type), f"{name} is a class: make an object of it, "
-              f"{func_name(o)}(...)", TypeError)
+    ok = callable(loss_func) and not isinstance(loss_func, type)
+    check(ok, f"loss_func={loss_func!r}: give, say, nn.MSELoss()", TypeError)
     check(callable(opt_func or Adam), f"opt_func={opt_func!r}: give, say, SGD",
           TypeError)
 
@@ -581,8 +579,12 @@ def check_callbacks(learn, cbs):
         check(is_free, f"{cb!r}: the name {cb.name!r} is taken; rename its class")
 
 def full_name(cls):
-    """Module and name of a class: the same if a notebook's cell defines it again."""
-    return cls.__module__, cls.__qualname__
+    """Module and name of a class: the same if a notebook's cell defines it again.
+
+    A class that a function makes is another one each time.
+    """
+    is_local = '<locals>' in cls.__qualname__
+    return cls if is_local else (cls.__module__, cls.__qualname__)
 
 def newest(cbs):
     """Each callback once, and none whose class was defined again for a later one."""
@@ -612,9 +614,16 @@ def loader_len(dl):
 def where(learn):
     """The note on an error in a batch: its number, and the shapes in it."""
     phase = 'training' if learn.training else 'validation'
-    parts = {'xb': learn.xb, 'yb': learn.yb, 'pred': learn.pred}
-    shapes = map_tensors(lambda t: f'{tuple(t.shape)} {t.dtype}', parts)
+    shapes = shapes_in({'xb': learn.xb, 'yb': learn.yb, 'pred': learn.pred})
     return f"in epoch {learn.epoch}, {phase} batch {learn.iter}: {shapes}"[:500]
+
+def shapes_in(b):
+    """Shapes and dtypes of the tensors in nested tuples, lists and dicts."""
+    if isinstance(b, torch.Tensor):
+        return f'{tuple(b.shape)} {b.dtype}'
+    if isinstance(b, Mapping):
+        return {k: shapes_in(v) for k, v in b.items()}
+    return tuple(map(shapes_in, b)) if isinstance(b, (tuple, list)) else type(b).__name__
 
 class TrainEvalCallback(Callback):
     """Puts the model into the right mode and place, and counts progress."""
@@ -798,13 +807,12 @@ def accuracy(pred, target, axis=-1):
     Raises: ValueError for a single score per sample, or other shapes.
     """
     found = pred.argmax(axis)
-    fits = found.shape == target.shape or found.shape == target.squeeze(-1).shape
-    if pred.shape[axis] < 2 or not fits:
+    if target.dim() > found.dim():    # or each would be compared with every other
+        target = target.squeeze(-1)
+    if pred.shape[axis] < 2 or found.shape != target.shape:
         raise ValueError(f"accuracy of scores {tuple(pred.shape)} and targets "
                          f"{tuple(target.shape)}: give 2 or more scores along axis "
                          f"{axis}, and one class for each other position")
-    if found.shape != target.shape:    # or each would be compared with every other
-        target = target.reshape(found.shape)
     return (found == target).float().mean()
 
 # --------------------------------------------------------------------------------------
@@ -906,11 +914,7 @@ class Recorder(Callback):
 
 def final_value(metric):
     """The value of a metric as a Python number. Raises: TypeError if it is none."""
-    try:
-        value = metric.value
-    except Exception as error:
-        error.add_note(f"raised by the metric {metric.name!r}")
-        raise
+    value = metric.value
     if hasattr(value, 'item') and math.prod(value.shape) == 1:
         value = value.item()
     is_number = value is None or isinstance(value, (int, float))
@@ -981,18 +985,20 @@ class DataLoaders:
     """
     def __init__(self, train, valid=None, *others, path='.', device=None, n_inp=None,
                  vocab=None, decode=None, targets=None, split=None):
-        self.loaders = [train, valid, *others]
+        self.train, self.valid, self.others = train, valid, others
         for dl in [train, *(dl for dl in self.loaders if dl is not None)]:
             ok = not isinstance(dl, (type(None), Iterator, data_tools.Dataset))
             check(ok, f"{type(dl).__name__} gives no batches epoch after epoch: give a "
                   "DataLoader, or use DataLoaders.from_dsets", TypeError)
-        self.train, self.valid = train, valid
-        self.train_ds = getattr(train, 'dataset', None)
-        self.valid_ds = getattr(valid, 'dataset', None)
         self.path, self.vocab, self.decode = Path(path), vocab, decode
         self.n_inp = n_inp or getattr(self.train, 'n_inp', None)
         self.targets, self.split = listify(targets), split
         self.to(device or default_device())
+
+    # all loaders; the data sets of the first two, if they tell
+    loaders = property(lambda self: [self.train, self.valid, *self.others])
+    train_ds = property(lambda self: getattr(self.train, 'dataset', None))
+    valid_ds = property(lambda self: getattr(self.valid, 'dataset', None))
 
     @classmethod
     def from_tensors(cls, x, y=None, valid=None, valid_pct=0.2, bs=64, seed=None,
@@ -1009,7 +1015,7 @@ class DataLoaders:
         xs, ys = as_tensors(x), as_tensors(y)
         kwargs.setdefault('n_inp', len(xs))
         train = TensorLoader(*xs, *ys, bs=bs, shuffle=shuffle, drop_last=drop_last)
-        held_out = [t for part in valid or () for t in as_tensors(part)]
+        held_out = [t for part in listify(valid) for t in as_tensors(part)]
         if valid is None and valid_pct:
             tensors, n = train.dataset.tensors, len(train.dataset)
             generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -1030,7 +1036,8 @@ class DataLoaders:
         """
         names = ('path', 'n_inp', 'vocab', 'decode', 'targets', 'split')
         own = {k: kwargs.pop(k) for k in names if k in kwargs}
-        shuffle = shuffle and kwargs.get('sampler') is None
+        can_shuffle = not isinstance(train_ds, data_tools.IterableDataset)
+        shuffle = shuffle and can_shuffle and kwargs.get('sampler') is None
         train = data_tools.DataLoader(train_ds, bs, shuffle, **kwargs)
         kwargs.update(drop_last=False, sampler=None)
         valid = valid_ds
@@ -1082,12 +1089,13 @@ class DataLoaders:
     cuda, cpu = partialmethod(to, 'cuda'), partialmethod(to, 'cpu')
 
 def as_tensors(o):
-    """List of tensors from a tensor, a NumPy array, or a tuple of them; None is empty.
+    """List of tensors from a tensor, an array, or a tuple of these; None is empty.
 
     Arrays of floats get torch's default dtype, as NumPy's own default is float64.
     """
-    tensors = [torch.as_tensor(a) for a in listify(o)]
-    for i, a in enumerate(listify(o)):
+    arrays = [] if o is None else tuplify(o)
+    tensors = [torch.as_tensor(a) for a in arrays]
+    for i, a in enumerate(arrays):
         if not isinstance(a, torch.Tensor) and tensors[i].is_floating_point():
             tensors[i] = tensors[i].to(torch.get_default_dtype())
     return tensors
@@ -2109,8 +2117,7 @@ def export(self: Learner, fname='export.pkl', pickle_protocol=2):
     try:
         with restored(self):
             self.dls, self.opt, self.logger = copy.copy(self.dls), None, print
-            no_data = dict(train=[], valid=None, train_ds=None, valid_ds=None)
-            vars(self.dls).update(no_data, loaders=[[]])
+            vars(self.dls).update(train=[], valid=None, others=())
             self._forget_batch()
             self.cbs = [cb for cb in self.cbs if cb.name != 'distributed']
             save_state(self, file, pickle_protocol)
