@@ -684,22 +684,6 @@ def test_from_tensors_takes_lists_and_a_bare_validation_input():
     assert len(dls.valid_ds) == 2, "without targets, as for an autoencoder"
 
 
-def test_loaders_that_are_assigned_reach_fit_and_validate():
-    learn = line_learner(cbs=ml.Recorder)
-    learn.dls.valid = [learn.dls.one_batch()]
-    learn.fit(1)
-    assert learn.validate() == learn.recorder.values[-1][1:] and learn.dls[1] is learn.dls.valid
-    assert learn.dls.valid_ds is None, "a list tells no data set"
-
-
-def test_streams_are_not_shuffled():
-    class Stream(torch.utils.data.IterableDataset):
-        def __iter__(self): return iter(zip(*line_data(8)))
-    learn = line_learner(ml.DataLoaders.from_dsets(Stream(), bs=4, device='cpu'), cbs=ml.Recorder)
-    learn.fit(1)
-    assert len(learn.recorder.losses) == 2, "torch refuses shuffle=True for it"
-
-
 def test_from_tensors_splits_once_and_for_all():
     x, y = torch.arange(50.), torch.arange(50)
     def split(seed):
@@ -4073,6 +4057,22 @@ def test_a_metric_that_is_no_number_or_raises_is_named():
     with pytest.raises(ZeroDivisionError) as info:
         line_learner(metrics=fails).fit(1)
     assert "raised by the metric 'fails'" in info.value.__notes__, "which one of many"
+
+
+def test_loaders_that_are_assigned_reach_fit_and_validate():
+    learn = line_learner(cbs=ml.Recorder)
+    learn.dls.valid = [learn.dls.one_batch()]
+    learn.fit(1)
+    assert learn.validate() == learn.recorder.values[-1][1:] and learn.dls[1] is learn.dls.valid
+    assert learn.dls.valid_ds is None, "a list tells no data set"
+
+
+def test_streams_are_not_shuffled():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self): return zip(torch.ones(8, 1), torch.ones(8, 1))
+    learn = line_learner(ml.DataLoaders.from_dsets(Stream(), bs=4, device='cpu'), cbs=ml.Recorder)
+    learn.fit(1)
+    assert len(learn.recorder.losses) == 2, "torch refuses shuffle=True for it"
 
 
 def test_a_metric_named_loss_does_not_make_two_columns_of_one_title():
