@@ -25,19 +25,16 @@ Words (B is the batch size, C the number of classes)
     x, y        the same, without the tuple if it has one element
     pred, loss  `model(*xb)`, and `loss_func(pred, *yb)`, a 0-d tensor
     ds, dl, dls a data set; a loader of batches; a `DataLoaders`
-    n_inp       how many items of a batch are inputs: 2 for `(x1, x2, y)`
     group       parameters that share hyper-parameters, such as body and head
     hypers      the hyper-parameters of a group: `{'lr': 0.1, 'mom': 0.9}`
     wd, mom     weight decay, momentum; `sqr_mom` is that of the squared gradients
     state       what is remembered of one parameter: `{'grad_avg': tensor, 'step': 3}`
-    event       a moment of the loop, such as `after_loss`
     cb, cbs     a callback, an object with methods named after events; a list of them
     n_epoch     epochs of this fit; an epoch trains on all data once, then validates
     n_iter      batches of this pass over a loader
     pct_train   the share of the fit that is done, from 0.0 to 1.0
 
-Sources: fastai's documentation of its Learner, fastbook chapters 16 and 19, and the
-papers that the docstrings name. The code is written anew.
+Sources: fastai's documentation, fastbook chapters 16 and 19, the papers named below.
 """
 import copy
 import dataclasses
@@ -68,8 +65,7 @@ from torch.utils import data as data_tools
 def fit_plain(model, train, valid, loss_func, opt, n_epoch):
     """Train `model` with a hand-written loop.
 
-    train, valid: lists or loaders of batches `(xb, yb)`, on the device of the model.
-    opt: anything with `step()` and `zero_grad()`, such as a torch optimizer.
+    train, valid: lists or loaders of batches `(xb, yb)`; opt: a torch optimizer, say.
     Returns: the validation loss of each epoch, a mean over all samples; floats.
     """
     valid_losses = []
@@ -94,8 +90,8 @@ def fit_plain(model, train, valid, loss_func, opt, n_epoch):
 # --------------------------------------------------------------------------------------
 # A part of the loop, such as a batch, fires before_batch when it begins and after_batch
 # when it ends, even if an error ends it. CancelBatchException ends it early; then
-# after_cancel_batch comes first. Likewise for the other parts. One more event,
-# after_create, comes once, at the end of the Learner's __init__.
+# after_cancel_batch comes first. Likewise for the other parts. after_create comes once,
+# at the end of the Learner's __init__.
 
 def check(ok, message, error=ValueError):
     """Raise `error(message)` unless `ok`: how this file refuses bad input."""
@@ -195,12 +191,11 @@ class Callback:
 
     `Callback(before_step=f)` makes one from a function that takes the callback.
     What a callback lacks is looked up in its learner: `self.loss` is `self.learn.loss`.
-    To change that, write `self.learn.loss = ...`.
+    To change it there, write `self.learn.loss = ...`.
     order: lower runs first; equal ones run in the order of adding.
     run_before, run_after: a callback class or a list of them; stronger than `order`.
     run: False skips all events; the end of the fit sets it back to True.
-    run_train, run_valid: False skips the events from before_batch to after_batch in
-      that phase.
+    run_train, run_valid: False skips before_batch to after_batch in that phase.
     Raises: AttributeError for a method whose name looks like a misspelt event.
     """
     order, run_before, run_after = 0, (), ()
@@ -423,8 +418,7 @@ class Learner:
         """Call the callbacks that define the event `name`; an error says which one.
 
         error: the exception that is ending the part, if one is. What a callback raises
-        then replaces it if it ends more, as an error ends more than any Cancel. Else it
-        becomes a note, so that nothing hides the first error.
+        replaces it only if it ends more; else it becomes a note of it.
         """
         if name not in self._handlers:
             self._handlers[name] = self.ordered_cbs(name)
