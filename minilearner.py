@@ -1152,13 +1152,13 @@ def l2_reg(p, lr, wd, do_wd=True, **kwargs):
 def average_grad(p, mom, dampening=False, grad_avg=None, **kwargs):
     """grad_avg = mom * grad_avg + grad, from 0; with dampening: + (1 - mom) * grad."""
     if grad_avg is None:
-        grad_avg = torch.zeros_like(p.grad.data)
+        grad_avg = p.grad.data.mul(0)
     return {'grad_avg': grad_avg.mul_(mom).add_(p.grad.data, alpha=1 - dampening * mom)}
 
 def average_sqr_grad(p, sqr_mom, dampening=True, sqr_avg=None, **kwargs):
     """sqr_avg = sqr_mom * sqr_avg + (1 - sqr_mom) * grad**2; undamped: + grad**2."""
     if sqr_avg is None:
-        sqr_avg = torch.zeros_like(p.grad.data)
+        sqr_avg = p.grad.data.mul(0)
     grad, damp = p.grad.data, 1 - dampening * sqr_mom
     return {'sqr_avg': sqr_avg.mul_(sqr_mom).addcmul_(grad, grad, value=damp)}
 
@@ -1184,7 +1184,7 @@ def adam_step(p, lr, mom, step, sqr_mom, grad_avg, sqr_avg, eps, **kwargs):
     Source: Kingma and Ba, 'Adam: A Method for Stochastic Optimization', 2015.
     """
     debias1, debias2 = debias(mom, 1 - mom, step), debias(sqr_mom, 1 - sqr_mom, step)
-    denom = (sqr_avg / debias2).sqrt_().add_(eps)
+    denom = sqr_avg.div(debias2).sqrt_().add_(eps)
     p.data.addcdiv_(grad_avg, denom, value=-lr / debias1)
 
 class Optimizer:
@@ -2923,49 +2923,37 @@ class TensorList:
             return self if name.endswith('_') else TensorList(result)
         return method
 
-    def __truediv__(self, number):
-        return self.div(number)
-
     data = property(lambda self: self)
     grad = property(lambda self: TensorList([t.grad for t in self.tensors]))
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        return cls([func(t, **(kwargs or {})) for t in args[0].tensors])
 
 FAST_STEPS = [sgd_step, weight_decay, l2_reg, average_grad, average_sqr_grad,
               momentum_step, rms_prop_step, step_stat, adam_step]
 one_by_one = Optimizer.step
 
 @patch
-def step(self: Optimizer):
-    """Run the step functions; this file's own, on many parameters at once."""
-    steps = [f.func if isinstance(f, partial) else f for f in self.cbs]
-    is_fast = all(f in FAST_STEPS for f in steps)
-    if is_fast and sum(map(len, self.param_lists)) > 8:    # few are fast anyway
-        return step_together(self)
-    return one_by_one(self)
-
 @torch.no_grad()
-def step_together(opt):
-    """Run the step functions of `opt` once for all parameters with like state."""
+def step(self: Optimizer):
+    """Run the step functions; this file's own once for all parameters alike."""
+    own = [(f.func if isinstance(f, partial) else f) in FAST_STEPS for f in self.cbs]
+    if not all(own) or sum(map(len, self.param_lists)) <= 8:    # few are fast anyway
+        return one_by_one(self)
     alike = defaultdict(list)
-    for p, _, state, hyper in opt.all_params(with_grad=True):
-        numbers = [(k, v if isinstance(v, (int, float)) else id(v))
-                   for k, v in state.items() if not isinstance(v, torch.Tensor)]
-        kind = id(hyper), p.device, p.dtype, tuple(state), tuple(numbers)
+    for p, _, state, hyper in self.all_params(with_grad=True):
+        others = [v for v in state.values() if not isinstance(v, torch.Tensor)]
+        kind = id(hyper), p.device, p.dtype, tuple(state), str(others)
         alike[kind].append((p, state, hyper))
     for items in alike.values():
         ps, states, (hyper, *_) = zip(*items)
-        joint = dict(states[0])    # equal in all, but for the tensors
-        for k, v in states[0].items():
+        joint, new = dict(states[0]), {}    # equal in all, but for the tensors
+        for k, v in joint.items():
             if isinstance(v, torch.Tensor):
                 joint[k] = TensorList([state[k] for state in states])
-        for f in opt.cbs:
-            joint.update(run_step(f, TensorList(ps), joint, hyper))
-        for i, state in enumerate(states):
-            for k, v in joint.items():
-                state[k] = v.tensors[i] if isinstance(v, TensorList) else v
+        for f in self.cbs:
+            new.update(run_step(f, TensorList(ps), {**joint, **new}, hyper))
+        for k, v in new.items():
+            values = v.tensors if isinstance(v, TensorList) else [v] * len(states)
+            for state, value in zip(states, values):
+                state[k] = value
 
 # --------------------------------------------------------------------------------------
 # 19. Pictures and progress: data, predictions, the course of a training
