@@ -2556,9 +2556,9 @@ class RNNRegularizer(Callback):
 # --------------------------------------------------------------------------------------
 # 15. Mixed precision: half the bits where these are enough
 # --------------------------------------------------------------------------------------
-# Needs: 8
+# Needs: 8, 13
 
-HALF = (torch.float16, torch.bfloat16)
+HALF = {'fp16': torch.float16, 'bf16': torch.bfloat16}
 FP16_DEVICES = {'cuda'}
 
 Learner.autocast = None    # the context that is entered, while one is
@@ -2567,39 +2567,34 @@ class MixedPrecision(Callback):
     """Predicts and computes the loss in half precision; weights stay float32.
 
     amp_mode: 'fp16' or 'bf16'. float16 needs CUDA, elsewhere it is bfloat16. Its small
-      range needs a scaler: it multiplies the loss, divides the gradients, and skips a
-      step with gradients that are not finite, which waits for the device.
+      range needs a scaler, a new one in each fit: it multiplies the loss, divides the
+      gradients, and skips a step with gradients that are not finite, which waits for
+      the device.
     Source: Micikevicius and others, 'Mixed Precision Training', 2018.
     """
     order = -4    # gradients are unscaled after accumulating, before clipping
-    scaler, warned = None, False
+    scaler = None
 
     def __init__(self, amp_mode='fp16'):
-        check(amp_mode in ('fp16', 'bf16'), f"amp_mode={amp_mode!r}: 'fp16' or 'bf16'")
+        check(amp_mode in HALF, f"amp_mode={amp_mode!r}: 'fp16' or 'bf16'")
         self.amp_mode = amp_mode
-
-    def half(self):
-        """The dtype that `amp_mode` means on the device."""
-        is_fp16 = self.amp_mode == 'fp16' and self.dls.device.type in FP16_DEVICES
-        return torch.float16 if is_fp16 else torch.bfloat16
 
     def before_fit(self):
         device, self.scaler = self.dls.device.type, None
-        if self.half() == torch.float16:
+        if self.amp_mode == 'fp16' and device in FP16_DEVICES:
             self.scaler = torch.amp.GradScaler(device)
-        elif self.amp_mode == 'fp16' and not self.warned:
+        elif self.amp_mode == 'fp16':
             warnings.warn(f"no training in float16 on {device}: bfloat16 instead")
-            self.warned = True
+            self.amp_mode = 'bf16'
 
     def before_batch(self):
         # kept on the learner: predictions in the middle of a batch put it back
-        self.learn.autocast = torch.autocast(self.dls.device.type, self.half())
+        self.learn.autocast = torch.autocast(self.dls.device.type, HALF[self.amp_mode])
         self.learn.autocast.__enter__()
 
     def after_pred(self):
-        def to_full(t):
-            return t.float() if t.dtype in HALF else t
-        self.learn.pred = map_tensors(to_full, self.pred)
+        self.learn.pred = map_tensors(
+            lambda t: t.float() if t.dtype in HALF.values() else t, self.pred)
 
     def after_loss(self):
         if self.learn.autocast:
@@ -2614,32 +2609,11 @@ class MixedPrecision(Callback):
 
     def before_step(self):
         if self.scaler and self.opt.all_params(with_grad=True):
-            self.finite = False
-            # subtle: it takes this object for the optimizer, and calls `step` below
-            # if the gradients are finite; the loop makes the real step after clipping
-            self.scaler.unscale_(self)
-            self.scaler.step(self)
+            scale = self.scaler.get_scale()
+            self.scaler.unscale_(self.opt)
             self.scaler.update()
-            if not self.finite:
+            if self.scaler.get_scale() < scale:    # as gradients were not finite
                 raise CancelStepException
-
-    def step(self):
-        """What the scaler calls if all gradients are finite."""
-        self.finite = True
-
-    @property
-    def param_groups(self):
-        """What the scaler looks at: the gradients of these parameters."""
-        return [{'params': group} for group in self.opt.param_lists]
-
-    def state_dict(self):
-        """For checkpoints: that of the scaler, if there is one."""
-        return self.scaler.state_dict() if self.scaler else {}
-
-    def load_state_dict(self, state):
-        """Take it over, if there is a scaler here, too."""
-        if self.scaler and state:
-            self.scaler.load_state_dict(state)
 
 @patch
 def to_fp16(self: Learner):
