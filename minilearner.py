@@ -1334,7 +1334,6 @@ import argparse
 import atexit
 import gc
 import inspect
-import io
 import operator
 import os
 import pickle
@@ -2641,19 +2640,25 @@ class CheckpointCallback(Callback):
     fname: see `Learner.save`; `Learner.load` reads the weights of such a file, too.
     every: save after each `every`-th epoch, and at the end of the fit.
     resume: False begins anew, and replaces the file.
-    Kept are model, loss function, optimizer, random numbers, and what `state_dict` of
-    the callbacks gives. Killed at any time and started again by the same command, a fit
-    on the CPU ends with the same bits. One object, and one file, serve one fit.
+    Kept are model, loss function, optimizer, random numbers, and the attributes of a
+    callback that its `keeps`, a tuple of strings, names. Killed at any time and started
+    again by the same command, a fit on the CPU ends with the same bits.
+    One object, and one file, serve one fit; `fine_tune` makes two, and cannot take it.
     Raises: ValueError, before anything changes, for a file of another training.
     """
     order, only_fit = math.inf, True    # last: it saves what all did
     file, finished, checked = None, False, False
 
+        check(every > 0, f"every={every}: give a number of epochs, 1 or more")
     def __init__(self, fname, every=1, resume=True):
         self.fname, self.every, self.resume = fname, every, resume
 
     def before_fit(self):
         check(not self.finished, "a CheckpointCallback serves one fit: make another")
+        # what must be the same for a fit to go on where another one stopped
+        names, n_iter = [cb.name for cb in self.learn.cbs], loader_len(self.dls.train)
+        self.plan = {'n_epoch': self.n_epoch, 'n_iter': n_iter, 'cbs': names,
+                     'processes': n_processes()}
         self.file = Path(self.learn.model_file(self.fname))
         if self.resume and self.file.exists():
             self.go_on_from(load_state(self.file))
@@ -2667,44 +2672,37 @@ class CheckpointCallback(Callback):
             self.finished = True
             self.save(self.n_epoch)
 
-    def plan(self):
-        """What must be the same for a fit to go on where another one stopped."""
-        return {'n_epoch': self.n_epoch, 'n_iter': loader_len(self.dls.train),
-                'cbs': [cb.name for cb in self.learn.cbs], 'processes': n_processes()}
-
     def save(self, n_done):
         """Write the state of all that takes part, after `n_done` epochs."""
-        learn, loss_func = self.learn, self.loss_func
+        learn = self.learn
+                 'loss_func': getattr(learn.loss_func, 'state_dict', dict)(),
         state = {'model': bare_state(learn.model), 'opt': learn.opt.state_dict(),
                  'cbs': [cb.state_dict() for cb in learn.cbs], 'n_done': n_done,
                  'frozen_idx': learn.opt.frozen_idx, 'train_iter': learn.train_iter,
-                 'rng': rng_state(learn.dls), 'plan': self.plan()}
-        if isinstance(loss_func, nn.Module):
-            state['loss_func'] = loss_func.state_dict()
-        if not self.checked:    # what cannot be read again must not replace a good file
-            trial = io.BytesIO()
-            trial.name = str(self.file)    # for the error
-            torch.save(state, trial)
-            trial.seek(0)
-            load_state(trial)
-        self.checked = True
+                 'rng': rng_state(learn.dls), 'plan': self.plan}
+        if not self.checked and process_rank() == 0:
+            load_state(self.file)    # better now than when it is needed
+            self.checked = True
         save_state(state, self.file)
 
     def go_on_from(self, state):
         """Take over what `save` wrote."""
-        learn, plan = self.learn, state.get('plan')
-        check(plan == self.plan(), f"{self.file} is of another fit, {plan}, and this "
-              f"is {self.plan()}. To replace it: resume=False. To train longer, load "
-              "it with Learner.load, and fit with another file")
-        if isinstance(self.loss_func, nn.Module):
-            put_state(self.file, state.get('loss_func', {}), self.loss_func, None)
+        is_own = isinstance(state, dict) and 'plan' in state
+        check(is_own, f"{self.file} is no checkpoint; resume=False replaces it")
+        learn, plan, n_done = self.learn, state['plan'], state['n_done']
+        differ = {k: plan.get(k) for k, v in self.plan.items() if plan.get(k) != v}
+        check(not differ, f"{self.file} is of another fit, with {differ}. To replace "
+              "it: resume=False. To train longer, load it with Learner.load, and fit "
+              "with another file")
+        if isinstance(learn.loss_func, nn.Module):
+            put_state(self.file, state['loss_func'], learn.loss_func, None)
         put_state(self.file, state, learn.model, learn.opt)
-        for cb, own in zip(learn.cbs, state['cbs']):
+        for cb, own in zip(learn.cbs, state['cbs'], strict=True):
             cb.load_state_dict(to_device(own, learn.dls.device))
         if state['frozen_idx'] != learn.opt.frozen_idx:
             learn.opt.freeze_to(state['frozen_idx'])
-        learn.start_epoch, learn.train_iter = state['n_done'], state['train_iter']
-        say(learn, f"resumed from {self.file}: {state['n_done']} epochs were done")
+        learn.start_epoch, learn.train_iter = n_done, state['train_iter']
+        say(learn, f"resumed {self.file}: {n_done} of {self.n_epoch} epochs were done")
         set_rng_state(state['rng'], learn.dls)
 
 Callback.keeps = ()    # names of the attributes that a checkpoint keeps

@@ -5440,7 +5440,7 @@ def test_a_complete_training_says_that_nothing_is_left(tmp_path, capsys):
     again = line_learner(path=tmp_path, opt_func=functools.partial(ml.SGD, mom=0.9))
     again.logger = print
     again.fit(3, cbs=[ml.Callback(), ml.CheckpointCallback('run')])
-    assert 'models/run.pth: 3 epochs were done' in capsys.readouterr().out, "through what prints the table"
+    assert 'models/run.pth: 3 of 3 epochs were done' in capsys.readouterr().out, "through what prints the table"
     assert same(weights(done.model), weights(again.model)) and again.recorder.values == done.recorder.values, \
         "weights and history come back as they ended, and nothing is trained"
     assert again.final_record == done.final_record and float(again.smooth_loss) == float(done.recorder.losses[-1]), \
@@ -5451,6 +5451,7 @@ def test_a_complete_training_says_that_nothing_is_left(tmp_path, capsys):
 
 def test_the_file_of_another_training_is_refused_before_anything_changes(tmp_path):
     checkpointed(tmp_path, 4, stop=2)
+        assert ("'n_epoch': 4" in str(info.value)) == (n == 5), "only what differs is named"
     file = tmp_path / 'models' / 'run.pth'
     dls = line_dls(n_train=80)
     for make, n in [(line_learner, 5), (lambda **kw: line_learner(dls, **kw), 4), (line_learner, 4)]:   # epochs, batches, callbacks
@@ -5461,7 +5462,7 @@ def test_the_file_of_another_training_is_refused_before_anything_changes(tmp_pat
         assert str(file) in str(info.value) and 'resume=False' in str(info.value), "it says what to do instead"
         assert same(weights(learn.model), before), "refused before a weight has changed"
     learn.save('run')
-    with pytest.raises(ValueError, match='is of another fit, None'):
+    with pytest.raises(ValueError, match='is no checkpoint'):
         learn.fit(4, cbs=ml.CheckpointCallback('run'))
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(ValueError, match=re.escape(str(file))):
@@ -5735,6 +5736,7 @@ def test_a_tracker_needs_the_recorder():
 
 def test_nothing_is_best_before_an_epoch():
     learn = line_learner(cbs=ml.TrackerCallback())
+    learn = line_learner(path=tmp_path)
     learn.fit(0)
     assert learn.tracker.new_best is False and learn.tracker.best is None, "there was none to compare"
 
@@ -5744,8 +5746,13 @@ def test_what_a_checkpoint_cannot_read_again_is_known_at_the_first_save(tmp_path
         keeps = ('odd',)
         odd = object()
     with pytest.raises(ValueError, match='cannot load .*run.pth'):
-        line_learner(path=tmp_path).fit(2, cbs=[Odd(), ml.CheckpointCallback('run')])
-    assert not (tmp_path / 'models' / 'run.pth').exists(), "a good file is not replaced by one that cannot be read"
+        learn.fit(2, cbs=[Odd(), ml.CheckpointCallback('run')])
+    assert learn.epoch == 0, "not when it is needed"
+
+
+def test_a_checkpoint_is_saved_after_a_number_of_epochs():
+    with pytest.raises(ValueError, match='every=0: give a number of epochs'):
+        ml.CheckpointCallback('run', every=0)
 
 
 def test_predictions_in_the_middle_of_a_batch_leave_no_autocast_behind():
