@@ -2744,6 +2744,8 @@ class DistributedCallback(Callback):
     While training, `learn.model` is torch's DistributedDataParallel around the model,
     which averages the gradients. Shares of a training are those of torch's
     DistributedSampler: of equal size, so that a few rows may come twice. In other
+    Metrics are `AvgMetric`s, whose sums are added up, or say `sync_on_compute = True`,
+    as those of torchmetrics do, and ask the other processes themselves.
     passes none does, and what cannot be split is read by the first process alone.
     kwargs: of DistributedDataParallel.
     """
@@ -2783,7 +2785,7 @@ class DistributedCallback(Callback):
         if self.completed:
             for buffer in self.model.buffers():
                 torch.distributed.broadcast(buffer, 0)    # the first one saves them
-            self.join('train_mets')
+            self.join('train_mets', 1)    # without the smoothed loss, a joint one
 
     def before_validate(self):
         rows, rank, n = in_order(self.dl), process_rank(), n_processes()
@@ -2798,12 +2800,17 @@ class DistributedCallback(Callback):
         if self.completed:
             self.join('valid_mets')
 
-    def join(self, mets):
+    def join(self, mets, start=0):
         """Add up the sums of metrics, and put collected predictions together."""
         for cb in self.learn.cbs:
-            for m in vars(cb).get(mets, ()):
+            for m in vars(cb).get(mets, ())[start:]:
                 if isinstance(m, AvgMetric):
                     sums = self.gather((float(m.total), m.count))
+                else:
+                    syncs = getattr(getattr(m, 'metric', m), 'sync_on_compute', False)
+                    check(syncs, f"metric {m.name!r} is of the share of one process: "
+                          "give a function of (pred, target), or validate outside of "
+                          "distrib_ctx", TypeError)
                     m.total, m.count = map(sum, zip(*sums))
             if isinstance(cb, GatherPredsCallback):
                 for kept in (cb.inputs, cb.preds, cb.targets, cb.losses):
@@ -2850,15 +2857,14 @@ def distrib_ctx(self: Learner, **kwargs):
     """
     alone = not torch.distributed.is_torchelastic_launched()
     if alone:
-        warnings.warn("one process trains alone; for several, type: torchrun "
-                      f"--nproc_per_node=2 {Path(sys.argv[0]).name or 'script.py'}")
+        warnings.warn("one process trains alone: start torchrun --nproc_per_node=2")
     if alone or 'distributed' in vars(self):    # or inside of another such context
         yield self
         return
     device = self.dls.device
     if device.type == 'cuda':
         torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-        self.dls.to(torch.device('cuda', torch.cuda.current_device()))
+        self.dls.cuda()
     if not torch.distributed.is_initialized():    # it stays, as torch starts it once
         backend = 'nccl' if device.type == 'cuda' else 'gloo'
         torch.distributed.init_process_group(backend)

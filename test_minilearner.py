@@ -5920,7 +5920,7 @@ def what_is(learn):
             list(learn.get_preds(with_loss=True, with_input=True)), learn.epoch]
 
 # 37 rows to validate: two processes cannot share them evenly
-learn = learner('main', metrics=[ml.accuracy, ml.AvgSmoothLoss()])
+learn = learner('main', metrics=ml.accuracy)
 model, loaders = learn.model, list(learn.dls.loaders)
 with learn.distrib_ctx():
     learn.fit(4, cbs=ml.CheckpointCallback('run'))                      # 4 epochs of 5 batches: 20 steps
@@ -5981,6 +5981,18 @@ for name, Stop.stop in (('whole', False), ('resumed', True), ('resumed', False))
 
 class Stream(IterableDataset):
     def __iter__(self): return iter(data)
+
+class Local(ml.Metric):
+    def accumulate(self, learn): self.value = len(learn.x)
+learn = learner('local', metrics=Local())
+with learn.distrib_ctx():
+    for measure in (learn.validate, lambda: learn.fit(9, cbs=ml.EarlyStoppingCallback('local'))):
+        try:
+            measure()
+        except TypeError as e:
+            result['errors'].append(str(e))
+    Local.sync_on_compute = True
+    result['errors'].append(learn.validate()[0] > 0)
 
 for loader in (DataLoader(Stream(), 4), [(torch.ones(4, 10), torch.ones(4).long())]):
     learn = learner('bad', loader)
@@ -6068,15 +6080,11 @@ def test_two_processes_equal_one_over_the_same_data(together, what):
     names = [all_names[0], *all_names[4:]] if what == 'after lr_find' else all_names
     for rank in (0, 1):
         expected = one[what]
-        if what == 'tensors':   # the smooth loss of a validation pass depends on the batches
-            expected = [*expected[:2], [row[:-1] for row in expected[2]], expected[3][:-1], *expected[4:]]
-            two[rank][what][2] = [row[:3] for row in two[rank][what][2]]
-            two[rank][what][3] = two[rank][what][3][:2]
         if what == 'after lr_find':
             expected, two[rank][what] = [expected[0], *expected[4:]], [two[rank][what][0], *two[rank][what][4:]]
         differ = [n for n, a, b in zip(names, expected, two[rank][what]) if not nearly(a, b)]
         assert not differ, f"process {rank} of two differs from one process in {differ}"
-    assert what == 'tensors' or equal(two[0][what], two[1][what]), "all processes have the same results, to the bit"
+    assert equal(two[0][what], two[1][what]), "all processes have the same results, to the bit"
 
 
 def test_weights_after_20_steps_agree_to_a_millionth(together):
@@ -6122,6 +6130,13 @@ def test_each_epoch_shuffles_anew_and_covers_all_rows(together):
     assert differs, "the order is another one in each epoch"
     for i in (0, 1):
         assert sorted(two[0]['reshuffled'][0][i] + two[1]['reshuffled'][0][i]) == rows[i], "each row in one process"
+
+def test_a_metric_that_nobody_joins_is_named(together):
+    for _, _, results in together:
+        for _, _, *errors, works in [result['errors'] for result in results]:
+            assert len(errors) == 2 and works is True, "refused in validate and in a fit, not if it says that it is joint"
+            assert all("metric 'local' is of the share of one process" in error for error in errors)
+
 
 
 def test_loaders_that_cannot_be_split_are_named(together):
