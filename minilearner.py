@@ -2938,11 +2938,11 @@ def step(self: Optimizer):
 # --------------------------------------------------------------------------------------
 # Needs: 8, 10
 
-def new_axes(n=1, figsize=None):
-    """Array (1, n) of axes, side by side in a new matplotlib figure."""
+def new_axes(n_rows=1, n_cols=1, figsize=None):
+    """Array (n_rows, n_cols) of axes in a new matplotlib figure."""
     import matplotlib.pyplot as plt
-    figsize = figsize or (6.4 * n, 4.8)
-    return plt.subplots(1, n, squeeze=False, figsize=figsize, layout='constrained')[1]
+    figure = plt.figure(figsize=figsize, layout='constrained')
+    return figure.subplots(n_rows, n_cols, squeeze=False)
 
 def show_samples(xs, titles=None, ax=None):
     """Draw samples, each with its title; returns the array of matplotlib axes.
@@ -2951,35 +2951,30 @@ def show_samples(xs, titles=None, ax=None):
       Of several inputs, the first.
     ax: an array of axes, at least one per sample; default: a square grid.
     """
-    import matplotlib.pyplot as plt
-    xs = first_item(xs).detach().float().cpu()
-    if ax is None:
-        side = math.ceil(math.sqrt(len(xs)))
-        figure = plt.figure(figsize=[1 + 1.5 * side] * 2, layout='constrained')
-        ax = figure.subplots(side, side, squeeze=False)
-    for i, one in enumerate(ax.flat):
+    xs = first_item(xs).detach().float().cpu().numpy()
+    side = math.ceil(math.sqrt(len(xs)))
+    axs = new_axes(side, side, [1 + 1.5 * side] * 2) if ax is None else ax
+    for i, one in enumerate(axs.flat):
         one.set(xticks=[], yticks=[], visible=i < len(xs))
-    for one, x, title in zip(ax.flat, xs, titles or [''] * len(xs)):
+    for one, x, title in zip(axs.flat, xs, titles or [''] * len(xs)):
         x = x.squeeze()
-        draw = partial(one.imshow, cmap='gray') if x.dim() > 1 else one.plot
-        draw((x.movedim(0, -1) if x.dim() == 3 else x).numpy())
+        draw = partial(one.imshow, cmap='gray') if x.ndim > 1 else one.plot
+        draw(x.transpose(1, 2, 0) if x.ndim == 3 else x)
         one.set_title(title, fontsize=9)
-    return ax
+    return axs
 
-def title(o):
+def caption(dls, y):
     """What stands over a picture: numbers are rounded, larger tensors left out."""
-    if isinstance(o, torch.Tensor) and o.numel() == 1:
-        o = o.item()
-    if isinstance(o, float):
-        return f'{o:.4g}'
-    return '' if isinstance(o, torch.Tensor) else str(o)
+    y = dls.decoded(y)
+    if isinstance(y, torch.Tensor):
+        y = y.item() if y.numel() == 1 else ''
+    return f'{y:.4g}' if isinstance(y, float) else str(y)
 
 @patch
-def show_batch(self: DataLoaders, max_n=9, ax=None):
+def show_batch(self: DataLoaders, max_n=9):
     """Draw up to `max_n` samples of a training batch; see `show_samples`."""
     xb, yb = map_tensors(lambda t: t[:max_n], self.split_batch(self.one_batch()))
-    titles = [title(self.decoded(y)) for y in yb[0]] if yb else None
-    return show_samples(xb, titles, ax)
+    return show_samples(xb, [caption(self, y) for y in yb[0]] if yb else None)
 
 @patch
 def show_results(self: Learner, ds_idx=1, dl=None, max_n=9, shuffle=True, ax=None):
@@ -2993,9 +2988,8 @@ def show_results(self: Learner, ds_idx=1, dl=None, max_n=9, shuffle=True, ax=Non
     rows = list(range(len(decoded)))
     if shuffle:
         random.Random().shuffle(rows)
-    rows = rows[:max_n]
-    pairs = [(self.dls.decoded(y[i]), self.dls.decoded(decoded[i])) for i in rows]
-    titles = [f'{title(target)}\n{title(pred)}' for target, pred in pairs]
+    rows, dls = rows[:max_n], self.dls
+    titles = [f'{caption(dls, y[i])}\n{caption(dls, decoded[i])}' for i in rows]
     return show_samples(map_tensors(lambda t: t[rows], x), titles, ax)
 
 @patch
@@ -3018,35 +3012,32 @@ def plot_loss(self: Recorder, skip_start=5, with_valid=True, log=False,
     return ax
 
 @patch
-def plot_sched(self: Recorder, keys=None, figsize=None, ax=None):
+def plot_sched(self: Recorder, keys=None, figsize=None):
     """Draw the hypers that a schedule has set, by batch; returns the array of axes.
 
-    keys: their names; default: all. figsize: of a new figure, in inches.
-    ax: an array of axes to draw into, one per key; a new one is (1, n).
+    keys: their names; default: all. figsize: of the figure, in inches.
     """
     keys = list(self.hps) if keys is None else listify(keys)
     check(keys, "no hyper was scheduled in the last fit: try fit_one_cycle")
-    names = {'lr': 'learning rate', 'mom': 'momentum'}
-    axs = new_axes(len(keys), figsize) if ax is None else ax
+    axs = new_axes(1, len(keys), figsize or (6.4 * len(keys), 4.8))
     for ax, key in zip(axs.flat, keys):
         ax.plot(self.hps[key])
-        ax.set(xlabel='batch', ylabel=names.get(key, key))
+        ax.set(xlabel='batch', ylabel=key)
     return axs
 
 @patch
-def plot_lr_find(self: Recorder, skip_end=5, suggestions=None, ax=None):
+def plot_lr_find(self: Recorder, skip_end=5, suggestions=None):
     """Draw the loss by learning rate, as `lr_find` left it; returns the axes.
 
     skip_end: leave out so many batches, when the loss explodes. suggestions: what
     `lr_find` returned, to mark by vertical lines.
     """
-    ax, n = ax or new_axes()[0, 0], max(1, len(self.losses) - skip_end)
+    ax, n = new_axes()[0, 0], max(1, len(self.losses) - skip_end)
     ax.plot(self.lrs[:n], [float(loss) for loss in self.losses[:n]])
-    marks = suggestions._asdict() if suggestions else {}
-    for i, (name, lr) in enumerate(marks.items(), 1):
-        ax.axvline(lr, linestyle='--', color=f'C{i}', label=f'{name}: {lr:.1e}')
     ax.set(xlabel='learning rate', ylabel='loss', xscale='log')
-    if marks:
+    if suggestions:
+        for i, (name, lr) in enumerate(suggestions._asdict().items(), 1):
+            ax.axvline(lr, linestyle='--', color=f'C{i}', label=f'{name}: {lr:.1e}')
         ax.legend()
     return ax
 
@@ -3056,50 +3047,38 @@ class ProgressCallback(Callback):
     It takes the place of `print` as the logger; a logger of your own is left alone. The
     bar is drawn on terminals and in notebooks only.
     """
-    order, only_fit, has_bar = 55, True, False
+    order, only_fit, has_bar, drawn_at = 55, True, False, 0.
 
     def before_fit(self):
+            self.has_bar = sys.stdout.isatty() or 'ipykernel' in sys.modules
         if self.logger is print and 'recorder' in vars(self.learn):
             self.learn.logger = self.write_row
             self.write_row(self.recorder.metric_names)
 
     def after_fit(self):
         if self.logger == self.write_row:
-            self.learn.logger = print
+            self.learn.logger, self.has_bar = print, False
 
     def write_row(self, row):
         """Print the cells, 10 wide or more (epoch: 5), 2 spaces apart."""
-        widths = [max(len(name), 5 if name == 'epoch' else 10)
-                  for name in self.recorder.metric_names]
-        print('  '.join(format_cell(v, w) for v, w in zip(row, widths)), flush=True)
-
-    def before_train(self):
-        is_live = sys.stdout.isatty() or 'ipykernel' in sys.modules
-        self.has_bar = is_live and self.logger == self.write_row
-        self.drawn_at = time.perf_counter()
+        widths = [5, *(max(len(name), 10) for name in self.recorder.metric_names[1:])]
+        text = '  '.join(map(format_cell, row, widths))
+        print(text.ljust(60 if self.has_bar else 0), flush=True)    # over the bar
 
     def after_batch(self):
         """Draw at most 10 times a second: reading the loss waits for the device."""
         if self.has_bar and time.perf_counter() - self.drawn_at > 0.1:
             self.drawn_at = time.perf_counter()
             phase = 'train' if self.training else 'valid'
-            batch = f'{self.iter + 1}/{self.n_iter or "?"}'
-            text = (f'epoch {self.epoch + 1}/{self.n_epoch} {phase} batch {batch} '
-                    f'loss {batch_loss(self):.4f}')
-            print(f'\r{text:60}', end='', flush=True)
-
-    def after_train(self):
-        if self.has_bar:
-            print(f'\r{"":60}', end='\r', flush=True)
-
-    before_validate, after_validate = before_train, after_train
+            text = (f'epoch {self.epoch + 1}/{self.n_epoch} {phase} batch '
+                    f'{self.iter + 1}/{self.n_iter or "?"} loss {batch_loss(self):.4f}')
+            print(f'{text:60}', end='\r', flush=True)
 
 def format_cell(v, width):
+    text = '' if v is None else str(v)
     """A cell of the table: floats with six decimals, or as 1.23e+04; None is empty."""
     if isinstance(v, float):
         text = f'{v:.6f}' if len(f'{v:.6f}') <= width else f'{v:.2e}'
-    else:
-        text = '' if v is None else ' '.join(str(v).split())[:width]
     return text.rjust(width)
 
 defaults.callbacks.append(ProgressCallback)
@@ -3120,14 +3099,13 @@ def show_training_loop(self: Learner):
         name = name.split('  ')[0]
         print(f'{indent}- {name:15}: {self.ordered_cbs(name)}' if dash else line)
 
-@patch
-def gather_args(self: Learner):
+def init_args(self):
     """Arguments of Learner and callbacks: `{'Learner.__init__.lr': 0.001, ...}`."""
     return {f'{type(o).__name__}.__init__.{k}': getattr(o, k)
             for o in (self, *self.cbs)
             for k in inspect.signature(type(o)).parameters if k in vars(o)}
 
-Learner.init_args = property(gather_args)
+Learner.init_args = property(init_args)
 
 # --------------------------------------------------------------------------------------
 # 20. Demo: a small network learns MNIST-1D, a data set that needs no download
