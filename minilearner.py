@@ -1330,7 +1330,6 @@ def Adam(params, lr, mom=0.9, sqr_mom=0.99, eps=1e-5, wd=0.01, decouple_wd=True)
 # Part I knows nothing of what follows. Each section plugs in as your own code can: by
 # callbacks, and by methods that are added to a class with `@patch`.
 
-import argparse
 import atexit
 import gc
 import inspect
@@ -2649,17 +2648,17 @@ class CheckpointCallback(Callback):
     order, only_fit = math.inf, True    # last: it saves what all did
     file, finished, checked = None, False, False
 
-        check(every > 0, f"every={every}: give a number of epochs, 1 or more")
     def __init__(self, fname, every=1, resume=True):
+        check(every > 0, f"every={every}: give a number of epochs, 1 or more")
         self.fname, self.every, self.resume = fname, every, resume
 
     def before_fit(self):
         check(not self.finished, "a CheckpointCallback serves one fit: make another")
+        self.file = Path(self.learn.model_file(self.fname))
         # what must be the same for a fit to go on where another one stopped
         names, n_iter = [cb.name for cb in self.learn.cbs], loader_len(self.dls.train)
         self.plan = {'n_epoch': self.n_epoch, 'n_iter': n_iter, 'cbs': names,
                      'processes': n_processes()}
-        self.file = Path(self.learn.model_file(self.fname))
         if self.resume and self.file.exists():
             self.go_on_from(load_state(self.file))
 
@@ -2675,15 +2674,15 @@ class CheckpointCallback(Callback):
     def save(self, n_done):
         """Write the state of all that takes part, after `n_done` epochs."""
         learn = self.learn
-                 'loss_func': getattr(learn.loss_func, 'state_dict', dict)(),
         state = {'model': bare_state(learn.model), 'opt': learn.opt.state_dict(),
+                 'loss_func': getattr(learn.loss_func, 'state_dict', dict)(),
                  'cbs': [cb.state_dict() for cb in learn.cbs], 'n_done': n_done,
                  'frozen_idx': learn.opt.frozen_idx, 'train_iter': learn.train_iter,
                  'rng': rng_state(learn.dls), 'plan': self.plan}
+        save_state(state, self.file)
         if not self.checked and process_rank() == 0:
             load_state(self.file)    # better now than when it is needed
             self.checked = True
-        save_state(state, self.file)
 
     def go_on_from(self, state):
         """Take over what `save` wrote."""
@@ -2744,9 +2743,9 @@ class DistributedCallback(Callback):
     While training, `learn.model` is torch's DistributedDataParallel around the model,
     which averages the gradients. Shares of a training are those of torch's
     DistributedSampler: of equal size, so that a few rows may come twice. In other
+    passes none does, and what cannot be split is read by the first process alone.
     Metrics are `AvgMetric`s, whose sums are added up, or say `sync_on_compute = True`,
     as those of torchmetrics do, and ask the other processes themselves.
-    passes none does, and what cannot be split is read by the first process alone.
     kwargs: of DistributedDataParallel.
     """
     order = 40    # before the Recorder looks at losses and metrics
@@ -2806,12 +2805,12 @@ class DistributedCallback(Callback):
             for m in vars(cb).get(mets, ())[start:]:
                 if isinstance(m, AvgMetric):
                     sums = self.gather((float(m.total), m.count))
+                    m.total, m.count = map(sum, zip(*sums))
                 else:
                     syncs = getattr(getattr(m, 'metric', m), 'sync_on_compute', False)
                     check(syncs, f"metric {m.name!r} is of the share of one process: "
                           "give a function of (pred, target), or validate outside of "
                           "distrib_ctx", TypeError)
-                    m.total, m.count = map(sum, zip(*sums))
             if isinstance(cb, GatherPredsCallback):
                 for kept in (cb.inputs, cb.preds, cb.targets, cb.losses):
                     kept[:] = [b for part in self.gather(kept) for b in part]
@@ -3050,8 +3049,8 @@ class ProgressCallback(Callback):
     order, only_fit, has_bar, drawn_at = 55, True, False, 0.
 
     def before_fit(self):
-            self.has_bar = sys.stdout.isatty() or 'ipykernel' in sys.modules
         if self.logger is print and 'recorder' in vars(self.learn):
+            self.has_bar = sys.stdout.isatty() or 'ipykernel' in sys.modules
             self.learn.logger = self.write_row
             self.write_row(self.recorder.metric_names)
 
@@ -3075,8 +3074,8 @@ class ProgressCallback(Callback):
             print(f'{text:60}', end='\r', flush=True)
 
 def format_cell(v, width):
-    text = '' if v is None else str(v)
     """A cell of the table: floats with six decimals, or as 1.23e+04; None is empty."""
+    text = '' if v is None else str(v)
     if isinstance(v, float):
         text = f'{v:.6f}' if len(f'{v:.6f}') <= width else f'{v:.2e}'
     return text.rjust(width)
@@ -3130,7 +3129,6 @@ def mnist1d(n=5000, seed=42):
     Test accuracy published there: logistic 32 %, MLP 68 %, CNN 94 %, GRU 91 %.
     """
     rng = torch.Generator().manual_seed(seed)
-    rand = partial(torch.rand, n, 1, generator=rng)
     y = torch.randperm(n, generator=rng) % 10
     shapes = torch.tensor([float(v) for v in MNIST1D_SHAPES.split()]).view(10, 12)
     shapes = (shapes - shapes.mean(1, True)) / shapes.std(1, correction=0, keepdim=True)
@@ -3140,7 +3138,7 @@ def mnist1d(n=5000, seed=42):
     at = torch.linspace(0, 1, 72) * torch.randint(47, 72, (n, 1), generator=rng)
     left = at.long().clamp(max=70)
     x = torch.lerp(x.gather(1, left), x.gather(1, left + 1), at - left)
-    x = x * (1 + 0.4 * (rand() - 0.5))
+    x = x * (1 + 0.4 * (torch.rand(n, 1, generator=rng) - 0.5))
     x = x.gather(1, (torch.arange(72) - torch.randint(48, (n, 1), generator=rng)) % 72)
     # correlated noise in the padding, a little independent noise everywhere
     kernel = torch.exp(-torch.arange(-8, 9) ** 2 / 8)
@@ -3148,7 +3146,8 @@ def mnist1d(n=5000, seed=42):
     noise = torch.cat([noise[:, :8].flip(1), noise, noise[:, -8:].flip(1)], 1)
     noise = F.conv1d(noise[:, None], (kernel / kernel.sum())[None, None])[:, 0]
     x = torch.where(x == 0, noise, x) + 0.02 * torch.randn(n, 72, generator=rng)
-    x = x - 0.75 * (rand() - 0.5) * torch.linspace(-0.5, 0.5, 72)
+    tilt = 0.75 * (torch.rand(n, 1, generator=rng) - 0.5)
+    x = x - tilt * torch.linspace(-0.5, 0.5, 72)
     x = F.interpolate(x[:, None], 40, mode='linear', align_corners=True)
     x, cut = (x - x.mean()) / x.std(correction=0), n * 4 // 5
     return (x[:cut], y[:cut]), (x[cut:], y[cut:])
@@ -3167,42 +3166,25 @@ def small_cnn():
     head = nn.Sequential(nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(64, 10))
     return nn.Sequential(body, head)
 
-def demo(argv=None):
-    """Train `small_cnn` on MNIST-1D, draw what happened, say how well it went.
+def demo(n_epoch=15, seed=0, folder='.'):
+    """Train `small_cnn` on MNIST-1D; draw the loss and nine predictions to `folder`.
 
-    argv: a list of command line arguments; default: those of the process.
     Returns: the test accuracy, a float from 0 to 1.
     """
-    parser = argparse.ArgumentParser(description="A small network learns MNIST-1D.")
-    parser.add_argument('--epochs', type=int, default=15, help="default: %(default)s")
-    parser.add_argument('--device', help="cpu, cuda, ...; default: the best at hand")
-    parser.add_argument('--out', default='.', help="folder of the figure; default: .")
-    parser.add_argument('--seed', type=int, default=0, help="default: %(default)s")
-    args, start = parser.parse_args(argv), time.perf_counter()
-    check(args.epochs > 0, f"--epochs {args.epochs}: at least 1")
-    set_seed(args.seed)
-    train, test = mnist1d()
-    dls = DataLoaders.from_tensors(*train, valid=test, device=args.device)
-    learn = Learner(dls, small_cnn(), nn.CrossEntropyLoss(), metrics=accuracy)
-    learn.fit_one_cycle(args.epochs, 1e-2)
-    score, file = learn.final_record[-1], draw_demo(learn, Path(args.out))
-    print(f"test accuracy {score:.1%} (published CNN: 94 %), "
-          f"{time.perf_counter() - start:.0f} seconds on {dls.device}, figure: {file}")
-    return score
-
-def draw_demo(learn, folder):
-    """Draw loss, learning rate and nine predictions; returns the file."""
     import matplotlib.pyplot as plt
-    figure = plt.figure(figsize=(11, 5.5), layout='constrained')
-    left, right = figure.subfigures(1, 2)
-    top, bottom = left.subplots(2, 1, squeeze=False)
-    learn.recorder.plot_loss(ax=top[0])
-    learn.recorder.plot_sched('lr', ax=bottom)
+    set_seed(seed)
+    train, test = mnist1d()
+    dls = DataLoaders.from_tensors(*train, valid=test)
+    learn = Learner(dls, small_cnn(), nn.CrossEntropyLoss(), metrics=accuracy)
+    learn.fit_one_cycle(n_epoch, 1e-2)
+    left, right = plt.figure(figsize=(11, 5.5), layout='constrained').subfigures(1, 2)
+    learn.recorder.plot_loss(ax=left.subplots())
     right.suptitle('target over prediction')
     learn.show_results(ax=right.subplots(3, 3))
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / 'minilearner_demo.png')
-    return folder / 'minilearner_demo.png'
+    score, file = learn.final_record[-1], Path(folder, 'minilearner_demo.png')
+    plt.savefig(file)
+    print(f"test accuracy {score:.1%} (published CNN: 94 %), figure: {file}")
+    return score
 
 if __name__ == '__main__':
     demo()
