@@ -2656,8 +2656,8 @@ class CheckpointCallback(Callback):
         check(not self.finished, "a CheckpointCallback serves one fit: make another")
         self.file = Path(self.learn.model_file(self.fname))
         # what must be the same for a fit to go on where another one stopped
-        names, n_iter = [cb.name for cb in self.learn.cbs], loader_len(self.dls.train)
-        self.plan = {'n_epoch': self.n_epoch, 'n_iter': n_iter, 'cbs': names,
+        self.plan = {'n_epoch': self.n_epoch, 'n_iter': loader_len(self.dls.train),
+                     'cbs': [cb.name for cb in self.learn.cbs],
                      'processes': n_processes()}
         if self.resume and self.file.exists():
             self.go_on_from(load_state(self.file))
@@ -2668,8 +2668,8 @@ class CheckpointCallback(Callback):
 
     def after_fit(self):
         if self.file is not None and not self.failed:
-            self.finished = True
             self.save(self.n_epoch)
+            self.finished = True
 
     def save(self, n_done):
         """Write the state of all that takes part, after `n_done` epochs."""
@@ -2686,13 +2686,11 @@ class CheckpointCallback(Callback):
 
     def go_on_from(self, state):
         """Take over what `save` wrote."""
-        is_own = isinstance(state, dict) and 'plan' in state
-        check(is_own, f"{self.file} is no checkpoint; resume=False replaces it")
+        check('plan' in state, f"{self.file} is no checkpoint: say resume=False")
         learn, plan, n_done = self.learn, state['plan'], state['n_done']
         differ = {k: plan.get(k) for k, v in self.plan.items() if plan.get(k) != v}
-        check(not differ, f"{self.file} is of another fit, with {differ}. To replace "
-              "it: resume=False. To train longer, load it with Learner.load, and fit "
-              "with another file")
+        check(not differ, f"{self.file} is of another fit, with {differ}: resume=False "
+              "replaces it. To train longer, load it, and fit with another file")
         if isinstance(learn.loss_func, nn.Module):
             put_state(self.file, state['loss_func'], learn.loss_func, None)
         put_state(self.file, state, learn.model, learn.opt)
@@ -2767,9 +2765,8 @@ class DistributedCallback(Callback):
 
     def before_train(self):
         """Wrap the model, anew for each epoch, as layers may have been frozen."""
-        device, dl = self.dls.device, self.dls.train
-        self.learn.model = nn.parallel.DistributedDataParallel(
-            self.model, [device] if device.type == 'cuda' else None, **self.kwargs)
+        wrap, dl = nn.parallel.DistributedDataParallel, self.dls.train
+        self.learn.model = wrap(self.model, **self.kwargs)
         self.sampler.set_epoch(self.epoch)
         self.learn.dl = in_order(dl, list(self.sampler), dl.drop_last,
                                  generator=getattr(dl, 'generator', None))
@@ -2808,9 +2805,8 @@ class DistributedCallback(Callback):
                     m.total, m.count = map(sum, zip(*sums))
                 else:
                     syncs = getattr(getattr(m, 'metric', m), 'sync_on_compute', False)
-                    check(syncs, f"metric {m.name!r} is of the share of one process: "
-                          "give a function of (pred, target), or validate outside of "
-                          "distrib_ctx", TypeError)
+                    check(syncs, f"metric {m.name!r} is of one process's rows: give a "
+                          "function, or validate after distrib_ctx", TypeError)
             if isinstance(cb, GatherPredsCallback):
                 for kept in (cb.inputs, cb.preds, cb.targets, cb.losses):
                     kept[:] = [b for part in self.gather(kept) for b in part]
@@ -2860,22 +2856,19 @@ def distrib_ctx(self: Learner, **kwargs):
     if alone or 'distributed' in vars(self):    # or inside of another such context
         yield self
         return
-    device = self.dls.device
-    if device.type == 'cuda':
+    backend = 'gloo'
+    if self.dls.device.type == 'cuda':
         torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-        self.dls.cuda()
+        self.dls.cuda()    # where the data then stays
+        backend = 'nccl'
     if not torch.distributed.is_initialized():    # it stays, as torch starts it once
-        backend = 'nccl' if device.type == 'cuda' else 'gloo'
         torch.distributed.init_process_group(backend)
     atexit.unregister(leave_group)    # after an error, nobody waits for others
     quiet = self.no_logging() if process_rank() > 0 else nullcontext()
-    try:
-        with quiet, self.added_cbs(DistributedCallback(**kwargs)):
-            yield self
-            torch.distributed.barrier()    # so that what one has saved, all can load
-        atexit.register(leave_group)
-    finally:
-        self.dls.to(device)
+    with quiet, self.added_cbs(DistributedCallback(**kwargs)):
+        yield self
+        torch.distributed.barrier()    # so that what one has saved, all can load
+    atexit.register(leave_group)
 
 # --------------------------------------------------------------------------------------
 # 18. Speed: the step functions, unchanged, on many parameters at once
@@ -3179,7 +3172,6 @@ def demo(n_epoch=15, seed=0, folder='.'):
     learn.fit_one_cycle(n_epoch, 1e-2)
     left, right = plt.figure(figsize=(11, 5.5), layout='constrained').subfigures(1, 2)
     learn.recorder.plot_loss(ax=left.subplots())
-    right.suptitle('target over prediction')
     learn.show_results(ax=right.subplots(3, 3))
     score, file = learn.final_record[-1], Path(folder, 'minilearner_demo.png')
     plt.savefig(file)

@@ -6135,7 +6135,7 @@ def test_a_metric_that_nobody_joins_is_named(together):
     for _, _, results in together:
         for _, _, *errors, works in [result['errors'] for result in results]:
             assert len(errors) == 2 and works is True, "refused in validate and in a fit, not if it says that it is joint"
-            assert all("metric 'local' is of the share of one process" in error for error in errors)
+            assert all("metric 'local' is of one process's rows" in error for error in errors)
 
 
 def rows_in(folder):
