@@ -2578,6 +2578,7 @@ class MixedPrecision(Callback):
         self.amp_mode = amp_mode
 
     def before_fit(self):
+        check(vars(self.learn)[self.name] is self, "two MixedPrecision: remove one")
         device, self.scaler = self.dls.device.type, None
         if self.amp_mode == 'fp16' and device in FP16_DEVICES:
             self.scaler = torch.amp.GradScaler(device)

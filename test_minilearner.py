@@ -5754,6 +5754,14 @@ def test_predictions_in_the_middle_of_a_batch_leave_no_autocast_behind():
     assert not torch.is_autocast_enabled('cpu'), "what the batch has entered, it leaves"
 
 
+def test_two_of_mixed_precision_are_refused():
+    learn = line_learner().to_bf16()
+    with pytest.raises(ValueError, match='two MixedPrecision'):
+        learn.fit(1, cbs=ml.MixedPrecision('bf16'))
+    assert not torch.is_autocast_enabled('cpu'), "the first one's autocast would stay for ever"
+    learn.fit(1)
+
+
 def test_a_checkpoint_of_a_loss_with_other_weights_is_refused_before_anything_changes(tmp_path):
     class Loss(nn.Module):
         def __init__(self, n):
