@@ -2570,15 +2570,13 @@ class MixedPrecision(Callback):
       the device.
     Source: Micikevicius and others, 'Mixed Precision Training', 2018.
     """
-    order = -4    # gradients are unscaled after accumulating, before clipping
-    scaler = None
+    order, scaler = -4, None    # gradients are unscaled after accumulating, then clipped
 
     def __init__(self, amp_mode='fp16'):
         check(amp_mode in HALF, f"amp_mode={amp_mode!r}: 'fp16' or 'bf16'")
         self.amp_mode = amp_mode
 
     def before_fit(self):
-        check(vars(self.learn)[self.name] is self, "two MixedPrecision: remove one")
         device, self.scaler = self.dls.device.type, None
         if self.amp_mode == 'fp16' and device in FP16_DEVICES:
             self.scaler = torch.amp.GradScaler(device)
@@ -2587,6 +2585,7 @@ class MixedPrecision(Callback):
             self.amp_mode = 'bf16'
 
     def before_batch(self):
+        check(vars(self.learn)[self.name] is self, "two MixedPrecision: remove one")
         # kept on the learner: predictions in the middle of a batch put it back
         self.learn.autocast = torch.autocast(self.dls.device.type, HALF[self.amp_mode])
         self.learn.autocast.__enter__()

@@ -5756,8 +5756,9 @@ def test_predictions_in_the_middle_of_a_batch_leave_no_autocast_behind():
 
 def test_two_of_mixed_precision_are_refused():
     learn = line_learner().to_bf16()
-    with pytest.raises(ValueError, match='two MixedPrecision'):
-        learn.fit(1, cbs=ml.MixedPrecision('bf16'))
+    for use in (learn.validate, functools.partial(learn.fit, 1)):
+        with pytest.raises(ValueError, match='two MixedPrecision'):
+            use(cbs=ml.MixedPrecision('bf16'))
     assert not torch.is_autocast_enabled('cpu'), "the first one's autocast would stay for ever"
     learn.fit(1)
 
