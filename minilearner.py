@@ -2570,7 +2570,7 @@ class MixedPrecision(Callback):
       the device.
     Source: Micikevicius and others, 'Mixed Precision Training', 2018.
     """
-    order, scaler = -4, None    # gradients are unscaled after accumulating, then clipped
+    order, scaler = -4, None    # after accumulating, before clipping, it unscales
 
     def __init__(self, amp_mode='fp16'):
         check(amp_mode in HALF, f"amp_mode={amp_mode!r}: 'fp16' or 'bf16'")
