@@ -2786,9 +2786,8 @@ class DistributedCallback(Callback):
     def before_validate(self):
         rows, rank, n = in_order(self.dl), process_rank(), n_processes()
         if rows is not self.dl:
-            size = len(rows.dataset)
-            share = range(size * rank // n, size * (rank + 1) // n)
-            self.learn.dl = in_order(rows, list(share))
+            share = torch.arange(len(rows.dataset)).tensor_split(n)[rank]
+            self.learn.dl = in_order(rows, share.tolist())
         elif rank > 0:
             self.learn.dl = []
 
@@ -2830,10 +2829,9 @@ def leave_group():
     """At exit, leave torch's group of processes together, or Gloo may abort one."""
     gc.collect()    # models that DistributedDataParallel has wrapped refer to the group
     dist = torch.distributed
-    if dist.is_initialized():
-        if dist.get_backend() == 'gloo':
-            with suppress(RuntimeError):    # another process may have failed
-                dist.monitored_barrier(timeout=timedelta(seconds=20))
+    with suppress(RuntimeError, ValueError):    # another has failed; it is not Gloo
+        dist.monitored_barrier(timeout=timedelta(seconds=20))
+    if dist.is_initialized():    # unless you have destroyed it
         dist.destroy_process_group()
 
 @patch
