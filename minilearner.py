@@ -1154,13 +1154,13 @@ def l2_reg(p, lr, wd, do_wd=True, **kwargs):
 def average_grad(p, mom, dampening=False, grad_avg=None, **kwargs):
     """grad_avg = mom * grad_avg + grad, from 0; with dampening: + (1 - mom) * grad."""
     if grad_avg is None:
-        grad_avg = torch.zeros_like(p.grad.data)
+        grad_avg = p.grad.data.mul(0)
     return {'grad_avg': grad_avg.mul_(mom).add_(p.grad.data, alpha=1 - dampening * mom)}
 
 def average_sqr_grad(p, sqr_mom, dampening=True, sqr_avg=None, **kwargs):
     """sqr_avg = sqr_mom * sqr_avg + (1 - sqr_mom) * grad**2; undamped: + grad**2."""
     if sqr_avg is None:
-        sqr_avg = torch.zeros_like(p.grad.data)
+        sqr_avg = p.grad.data.mul(0)
     grad, damp = p.grad.data, 1 - dampening * sqr_mom
     return {'sqr_avg': sqr_avg.mul_(sqr_mom).addcmul_(grad, grad, value=damp)}
 
@@ -1186,7 +1186,7 @@ def adam_step(p, lr, mom, step, sqr_mom, grad_avg, sqr_avg, eps, **kwargs):
     Source: Kingma and Ba, 'Adam: A Method for Stochastic Optimization', 2015.
     """
     debias1, debias2 = debias(mom, 1 - mom, step), debias(sqr_mom, 1 - sqr_mom, step)
-    denom = (sqr_avg / debias2).sqrt_().add_(eps)
+    denom = sqr_avg.div(debias2).sqrt_().add_(eps)
     p.data.addcdiv_(grad_avg, denom, value=-lr / debias1)
 
 class Optimizer:
@@ -1332,11 +1332,9 @@ def Adam(params, lr, mom=0.9, sqr_mom=0.99, eps=1e-5, wd=0.01, decouple_wd=True)
 # Part I knows nothing of what follows. Each section plugs in as your own code can: by
 # callbacks, and by methods that are added to a class with `@patch`.
 
-import argparse
 import atexit
 import gc
 import inspect
-import io
 import operator
 import os
 import pickle
@@ -2557,9 +2555,9 @@ class RNNRegularizer(Callback):
 # --------------------------------------------------------------------------------------
 # 15. Mixed precision: half the bits where these are enough
 # --------------------------------------------------------------------------------------
-# Needs: 8
+# Needs: 8, 13
 
-HALF = (torch.float16, torch.bfloat16)
+HALF = {'fp16': torch.float16, 'bf16': torch.bfloat16}
 FP16_DEVICES = {'cuda'}
 
 Learner.autocast = None    # the context that is entered, while one is
@@ -2568,39 +2566,34 @@ class MixedPrecision(Callback):
     """Predicts and computes the loss in half precision; weights stay float32.
 
     amp_mode: 'fp16' or 'bf16'. float16 needs CUDA, elsewhere it is bfloat16. Its small
-      range needs a scaler: it multiplies the loss, divides the gradients, and skips a
-      step with gradients that are not finite, which waits for the device.
+      range needs a scaler, a new one in each fit: it multiplies the loss, divides the
+      gradients, and skips a step with gradients that are not finite, which waits for
+      the device.
     Source: Micikevicius and others, 'Mixed Precision Training', 2018.
     """
-    order = -4    # gradients are unscaled after accumulating, before clipping
-    scaler, warned = None, False
+    order, scaler = -4, None    # after accumulating, before clipping, it unscales
 
     def __init__(self, amp_mode='fp16'):
-        check(amp_mode in ('fp16', 'bf16'), f"amp_mode={amp_mode!r}: 'fp16' or 'bf16'")
+        check(amp_mode in HALF, f"amp_mode={amp_mode!r}: 'fp16' or 'bf16'")
         self.amp_mode = amp_mode
-
-    def half(self):
-        """The dtype that `amp_mode` means on the device."""
-        is_fp16 = self.amp_mode == 'fp16' and self.dls.device.type in FP16_DEVICES
-        return torch.float16 if is_fp16 else torch.bfloat16
 
     def before_fit(self):
         device, self.scaler = self.dls.device.type, None
-        if self.half() == torch.float16:
+        if self.amp_mode == 'fp16' and device in FP16_DEVICES:
             self.scaler = torch.amp.GradScaler(device)
-        elif self.amp_mode == 'fp16' and not self.warned:
+        elif self.amp_mode == 'fp16':
             warnings.warn(f"no training in float16 on {device}: bfloat16 instead")
-            self.warned = True
+            self.amp_mode = 'bf16'
 
     def before_batch(self):
+        check(vars(self.learn)[self.name] is self, "two MixedPrecision: remove one")
         # kept on the learner: predictions in the middle of a batch put it back
-        self.learn.autocast = torch.autocast(self.dls.device.type, self.half())
+        self.learn.autocast = torch.autocast(self.dls.device.type, HALF[self.amp_mode])
         self.learn.autocast.__enter__()
 
     def after_pred(self):
-        def to_full(t):
-            return t.float() if t.dtype in HALF else t
-        self.learn.pred = map_tensors(to_full, self.pred)
+        self.learn.pred = map_tensors(
+            lambda t: t.float() if t.dtype in HALF.values() else t, self.pred)
 
     def after_loss(self):
         if self.learn.autocast:
@@ -2615,32 +2608,11 @@ class MixedPrecision(Callback):
 
     def before_step(self):
         if self.scaler and self.opt.all_params(with_grad=True):
-            self.finite = False
-            # subtle: it takes this object for the optimizer, and calls `step` below
-            # if the gradients are finite; the loop makes the real step after clipping
-            self.scaler.unscale_(self)
-            self.scaler.step(self)
+            scale = self.scaler.get_scale()
+            self.scaler.unscale_(self.opt)
             self.scaler.update()
-            if not self.finite:
+            if self.scaler.get_scale() < scale:    # as gradients were not finite
                 raise CancelStepException
-
-    def step(self):
-        """What the scaler calls if all gradients are finite."""
-        self.finite = True
-
-    @property
-    def param_groups(self):
-        """What the scaler looks at: the gradients of these parameters."""
-        return [{'params': group} for group in self.opt.param_lists]
-
-    def state_dict(self):
-        """For checkpoints: that of the scaler, if there is one."""
-        return self.scaler.state_dict() if self.scaler else {}
-
-    def load_state_dict(self, state):
-        """Take it over, if there is a scaler here, too."""
-        if self.scaler and state:
-            self.scaler.load_state_dict(state)
 
 @patch
 def to_fp16(self: Learner):
@@ -2668,20 +2640,26 @@ class CheckpointCallback(Callback):
     fname: see `Learner.save`; `Learner.load` reads the weights of such a file, too.
     every: save after each `every`-th epoch, and at the end of the fit.
     resume: False begins anew, and replaces the file.
-    Kept are model, loss function, optimizer, random numbers, and what `state_dict` of
-    the callbacks gives. Killed at any time and started again by the same command, a fit
-    on the CPU ends with the same bits. One object, and one file, serve one fit.
+    Kept are model, loss function, optimizer, random numbers, and the attributes of a
+    callback that its `keeps`, a tuple of strings, names. Killed at any time and started
+    again by the same command, a fit on the CPU ends with the same bits.
+    One object, and one file, serve one fit; `fine_tune` makes two, and cannot take it.
     Raises: ValueError, before anything changes, for a file of another training.
     """
     order, only_fit = math.inf, True    # last: it saves what all did
     file, finished, checked = None, False, False
 
     def __init__(self, fname, every=1, resume=True):
+        check(every > 0, f"every={every}: give a number of epochs, 1 or more")
         self.fname, self.every, self.resume = fname, every, resume
 
     def before_fit(self):
         check(not self.finished, "a CheckpointCallback serves one fit: make another")
         self.file = Path(self.learn.model_file(self.fname))
+        # what must be the same for a fit to go on where another one stopped
+        self.plan = {'n_epoch': self.n_epoch, 'n_iter': loader_len(self.dls.train),
+                     'cbs': [cb.name for cb in self.learn.cbs],
+                     'processes': n_processes()}
         if self.resume and self.file.exists():
             self.go_on_from(load_state(self.file))
 
@@ -2691,47 +2669,38 @@ class CheckpointCallback(Callback):
 
     def after_fit(self):
         if self.file is not None and not self.failed:
-            self.finished = True
             self.save(self.n_epoch)
-
-    def plan(self):
-        """What must be the same for a fit to go on where another one stopped."""
-        return {'n_epoch': self.n_epoch, 'n_iter': loader_len(self.dls.train),
-                'cbs': [cb.name for cb in self.learn.cbs], 'processes': n_processes()}
+            self.finished = True
 
     def save(self, n_done):
         """Write the state of all that takes part, after `n_done` epochs."""
-        learn, loss_func = self.learn, self.loss_func
+        learn = self.learn
         state = {'model': bare_state(learn.model), 'opt': learn.opt.state_dict(),
+                 'loss_func': getattr(learn.loss_func, 'state_dict', dict)(),
                  'cbs': [cb.state_dict() for cb in learn.cbs], 'n_done': n_done,
                  'frozen_idx': learn.opt.frozen_idx, 'train_iter': learn.train_iter,
-                 'rng': rng_state(learn.dls), 'plan': self.plan()}
-        if isinstance(loss_func, nn.Module):
-            state['loss_func'] = loss_func.state_dict()
-        if not self.checked:    # what cannot be read again must not replace a good file
-            trial = io.BytesIO()
-            trial.name = str(self.file)    # for the error
-            torch.save(state, trial)
-            trial.seek(0)
-            load_state(trial)
-        self.checked = True
+                 'rng': rng_state(learn.dls), 'plan': self.plan}
         save_state(state, self.file)
+        if not self.checked and process_rank() == 0:
+            load_state(self.file)    # better now than when it is needed
+            self.checked = True
 
     def go_on_from(self, state):
         """Take over what `save` wrote."""
-        learn, plan = self.learn, state.get('plan')
-        check(plan == self.plan(), f"{self.file} is of another fit, {plan}, and this "
-              f"is {self.plan()}. To replace it: resume=False. To train longer, load "
-              "it with Learner.load, and fit with another file")
-        if isinstance(self.loss_func, nn.Module):
-            put_state(self.file, state.get('loss_func', {}), self.loss_func, None)
+        check('plan' in state, f"{self.file} is no checkpoint: say resume=False")
+        learn, plan, n_done = self.learn, state['plan'], state['n_done']
+        differ = {k: plan.get(k) for k, v in self.plan.items() if plan.get(k) != v}
+        check(not differ, f"{self.file} is of another fit, with {differ}: resume=False "
+              "replaces it. To train longer, load it, and fit with another file")
+        if isinstance(learn.loss_func, nn.Module):
+            put_state(self.file, state['loss_func'], learn.loss_func, None)
         put_state(self.file, state, learn.model, learn.opt)
-        for cb, own in zip(learn.cbs, state['cbs']):
+        for cb, own in zip(learn.cbs, state['cbs'], strict=True):
             cb.load_state_dict(to_device(own, learn.dls.device))
         if state['frozen_idx'] != learn.opt.frozen_idx:
             learn.opt.freeze_to(state['frozen_idx'])
-        learn.start_epoch, learn.train_iter = state['n_done'], state['train_iter']
-        say(learn, f"resumed from {self.file}: {state['n_done']} epochs were done")
+        learn.start_epoch, learn.train_iter = n_done, state['train_iter']
+        say(learn, f"resumed {self.file}: {n_done} of {self.n_epoch} epochs were done")
         set_rng_state(state['rng'], learn.dls)
 
 Callback.keeps = ()    # names of the attributes that a checkpoint keeps
@@ -2774,6 +2743,8 @@ class DistributedCallback(Callback):
     which averages the gradients. Shares of a training are those of torch's
     DistributedSampler: of equal size, so that a few rows may come twice. In other
     passes none does, and what cannot be split is read by the first process alone.
+    Metrics are `AvgMetric`s, whose sums are added up, or say `sync_on_compute = True`,
+    as those of torchmetrics do, and ask the other processes themselves.
     kwargs: of DistributedDataParallel.
     """
     order = 40    # before the Recorder looks at losses and metrics
@@ -2795,9 +2766,8 @@ class DistributedCallback(Callback):
 
     def before_train(self):
         """Wrap the model, anew for each epoch, as layers may have been frozen."""
-        device, dl = self.dls.device, self.dls.train
-        self.learn.model = nn.parallel.DistributedDataParallel(
-            self.model, [device] if device.type == 'cuda' else None, **self.kwargs)
+        wrap, dl = nn.parallel.DistributedDataParallel, self.dls.train
+        self.learn.model = wrap(self.model, **self.kwargs)
         self.sampler.set_epoch(self.epoch)
         self.learn.dl = in_order(dl, list(self.sampler), dl.drop_last,
                                  generator=getattr(dl, 'generator', None))
@@ -2812,14 +2782,13 @@ class DistributedCallback(Callback):
         if self.completed:
             for buffer in self.model.buffers():
                 torch.distributed.broadcast(buffer, 0)    # the first one saves them
-            self.join('train_mets')
+            self.join('train_mets', 1)    # without the smoothed loss, a joint one
 
     def before_validate(self):
         rows, rank, n = in_order(self.dl), process_rank(), n_processes()
         if rows is not self.dl:
-            size = len(rows.dataset)
-            share = range(size * rank // n, size * (rank + 1) // n)
-            self.learn.dl = in_order(rows, list(share))
+            share = torch.arange(len(rows.dataset)).tensor_split(n)[rank]
+            self.learn.dl = in_order(rows, share.tolist())
         elif rank > 0:
             self.learn.dl = []
 
@@ -2827,13 +2796,17 @@ class DistributedCallback(Callback):
         if self.completed:
             self.join('valid_mets')
 
-    def join(self, mets):
+    def join(self, mets, start=0):
         """Add up the sums of metrics, and put collected predictions together."""
         for cb in self.learn.cbs:
-            for m in vars(cb).get(mets, ()):
+            for m in vars(cb).get(mets, ())[start:]:
                 if isinstance(m, AvgMetric):
                     sums = self.gather((float(m.total), m.count))
                     m.total, m.count = map(sum, zip(*sums))
+                else:
+                    syncs = getattr(getattr(m, 'metric', m), 'sync_on_compute', False)
+                    check(syncs, f"metric {m.name!r} is of one process's rows: give a "
+                          "function, or validate after distrib_ctx", TypeError)
             if isinstance(cb, GatherPredsCallback):
                 for kept in (cb.inputs, cb.preds, cb.targets, cb.losses):
                     kept[:] = [b for part in self.gather(kept) for b in part]
@@ -2857,10 +2830,9 @@ def leave_group():
     """At exit, leave torch's group of processes together, or Gloo may abort one."""
     gc.collect()    # models that DistributedDataParallel has wrapped refer to the group
     dist = torch.distributed
-    if dist.is_initialized():
-        if dist.get_backend() == 'gloo':
-            with suppress(RuntimeError):    # another process may have failed
-                dist.monitored_barrier(timeout=timedelta(seconds=20))
+    with suppress(RuntimeError, ValueError):    # another has failed; it is not Gloo
+        dist.monitored_barrier(timeout=timedelta(seconds=20))
+    if dist.is_initialized():    # unless you have destroyed it
         dist.destroy_process_group()
 
 @patch
@@ -2879,27 +2851,23 @@ def distrib_ctx(self: Learner, **kwargs):
     """
     alone = not torch.distributed.is_torchelastic_launched()
     if alone:
-        warnings.warn("one process trains alone; for several, type: torchrun "
-                      f"--nproc_per_node=2 {Path(sys.argv[0]).name or 'script.py'}")
+        warnings.warn("one process trains alone: start torchrun --nproc_per_node=2")
     if alone or 'distributed' in vars(self):    # or inside of another such context
         yield self
         return
-    device = self.dls.device
-    if device.type == 'cuda':
+    backend = 'gloo'
+    if self.dls.device.type == 'cuda':
         torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-        self.dls.to(torch.device('cuda', torch.cuda.current_device()))
+        self.dls.cuda()    # where the data then stays
+        backend = 'nccl'
     if not torch.distributed.is_initialized():    # it stays, as torch starts it once
-        backend = 'nccl' if device.type == 'cuda' else 'gloo'
         torch.distributed.init_process_group(backend)
     atexit.unregister(leave_group)    # after an error, nobody waits for others
     quiet = self.no_logging() if process_rank() > 0 else nullcontext()
-    try:
-        with quiet, self.added_cbs(DistributedCallback(**kwargs)):
-            yield self
-            torch.distributed.barrier()    # so that what one has saved, all can load
-        atexit.register(leave_group)
-    finally:
-        self.dls.to(device)
+    with quiet, self.added_cbs(DistributedCallback(**kwargs)):
+        yield self
+        torch.distributed.barrier()    # so that what one has saved, all can load
+    atexit.register(leave_group)
 
 # --------------------------------------------------------------------------------------
 # 18. Speed: the step functions, unchanged, on many parameters at once
@@ -2924,60 +2892,48 @@ class TensorList:
             return self if name.endswith('_') else TensorList(result)
         return method
 
-    def __truediv__(self, number):
-        return self.div(number)
-
     data = property(lambda self: self)
     grad = property(lambda self: TensorList([t.grad for t in self.tensors]))
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        return cls([func(t, **(kwargs or {})) for t in args[0].tensors])
 
 FAST_STEPS = [sgd_step, weight_decay, l2_reg, average_grad, average_sqr_grad,
               momentum_step, rms_prop_step, step_stat, adam_step]
 one_by_one = Optimizer.step
 
 @patch
-def step(self: Optimizer):
-    """Run the step functions; this file's own, on many parameters at once."""
-    steps = [f.func if isinstance(f, partial) else f for f in self.cbs]
-    is_fast = all(f in FAST_STEPS for f in steps)
-    if is_fast and sum(map(len, self.param_lists)) > 8:    # few are fast anyway
-        return step_together(self)
-    return one_by_one(self)
-
 @torch.no_grad()
-def step_together(opt):
-    """Run the step functions of `opt` once for all parameters with like state."""
+def step(self: Optimizer):
+    """Run the step functions; this file's own once for all parameters alike."""
+    own = [(f.func if isinstance(f, partial) else f) in FAST_STEPS for f in self.cbs]
+    if not all(own) or sum(map(len, self.param_lists)) <= 8:    # few are fast anyway
+        return one_by_one(self)
     alike = defaultdict(list)
-    for p, _, state, hyper in opt.all_params(with_grad=True):
-        numbers = [(k, v if isinstance(v, (int, float)) else id(v))
-                   for k, v in state.items() if not isinstance(v, torch.Tensor)]
-        kind = id(hyper), p.device, p.dtype, tuple(state), tuple(numbers)
+    for p, _, state, hyper in self.all_params(with_grad=True):
+        others = [v for v in state.values() if not isinstance(v, torch.Tensor)]
+        kind = id(hyper), p.device, p.dtype, tuple(state), str(others)
         alike[kind].append((p, state, hyper))
     for items in alike.values():
         ps, states, (hyper, *_) = zip(*items)
-        joint = dict(states[0])    # equal in all, but for the tensors
-        for k, v in states[0].items():
+        joint, new = dict(states[0]), {}    # equal in all, but for the tensors
+        for k, v in joint.items():
             if isinstance(v, torch.Tensor):
                 joint[k] = TensorList([state[k] for state in states])
-        for f in opt.cbs:
-            joint.update(run_step(f, TensorList(ps), joint, hyper))
-        for i, state in enumerate(states):
-            for k, v in joint.items():
-                state[k] = v.tensors[i] if isinstance(v, TensorList) else v
+        for f in self.cbs:
+            new.update(run_step(f, TensorList(ps), {**joint, **new}, hyper))
+        for k, v in new.items():
+            values = v.tensors if isinstance(v, TensorList) else [v] * len(states)
+            for state, value in zip(states, values):
+                state[k] = value
 
 # --------------------------------------------------------------------------------------
 # 19. Pictures and progress: data, predictions, the course of a training
 # --------------------------------------------------------------------------------------
 # Needs: 8, 10
 
-def new_axes(n=1, figsize=None):
-    """Array (1, n) of axes, side by side in a new matplotlib figure."""
+def new_axes(n_rows=1, n_cols=1, figsize=None):
+    """Array (n_rows, n_cols) of axes in a new matplotlib figure."""
     import matplotlib.pyplot as plt
-    figsize = figsize or (6.4 * n, 4.8)
-    return plt.subplots(1, n, squeeze=False, figsize=figsize, layout='constrained')[1]
+    figure = plt.figure(figsize=figsize, layout='constrained')
+    return figure.subplots(n_rows, n_cols, squeeze=False)
 
 def show_samples(xs, titles=None, ax=None):
     """Draw samples, each with its title; returns the array of matplotlib axes.
@@ -2986,35 +2942,30 @@ def show_samples(xs, titles=None, ax=None):
       Of several inputs, the first.
     ax: an array of axes, at least one per sample; default: a square grid.
     """
-    import matplotlib.pyplot as plt
-    xs = first_item(xs).detach().float().cpu()
-    if ax is None:
-        side = math.ceil(math.sqrt(len(xs)))
-        figure = plt.figure(figsize=[1 + 1.5 * side] * 2, layout='constrained')
-        ax = figure.subplots(side, side, squeeze=False)
-    for i, one in enumerate(ax.flat):
+    xs = first_item(xs).detach().float().cpu().numpy()
+    side = math.ceil(math.sqrt(len(xs)))
+    axs = new_axes(side, side, [1 + 1.5 * side] * 2) if ax is None else ax
+    for i, one in enumerate(axs.flat):
         one.set(xticks=[], yticks=[], visible=i < len(xs))
-    for one, x, title in zip(ax.flat, xs, titles or [''] * len(xs)):
+    for one, x, title in zip(axs.flat, xs, titles or [''] * len(xs)):
         x = x.squeeze()
-        draw = partial(one.imshow, cmap='gray') if x.dim() > 1 else one.plot
-        draw((x.movedim(0, -1) if x.dim() == 3 else x).numpy())
+        draw = partial(one.imshow, cmap='gray') if x.ndim > 1 else one.plot
+        draw(x.transpose(1, 2, 0) if x.ndim == 3 else x)
         one.set_title(title, fontsize=9)
-    return ax
+    return axs
 
-def title(o):
+def caption(dls, y):
     """What stands over a picture: numbers are rounded, larger tensors left out."""
-    if isinstance(o, torch.Tensor) and o.numel() == 1:
-        o = o.item()
-    if isinstance(o, float):
-        return f'{o:.4g}'
-    return '' if isinstance(o, torch.Tensor) else str(o)
+    y = dls.decoded(y)
+    if isinstance(y, torch.Tensor):
+        y = y.item() if y.numel() == 1 else ''
+    return f'{y:.4g}' if isinstance(y, float) else str(y)
 
 @patch
-def show_batch(self: DataLoaders, max_n=9, ax=None):
+def show_batch(self: DataLoaders, max_n=9):
     """Draw up to `max_n` samples of a training batch; see `show_samples`."""
     xb, yb = map_tensors(lambda t: t[:max_n], self.split_batch(self.one_batch()))
-    titles = [title(self.decoded(y)) for y in yb[0]] if yb else None
-    return show_samples(xb, titles, ax)
+    return show_samples(xb, [caption(self, y) for y in yb[0]] if yb else None)
 
 @patch
 def show_results(self: Learner, ds_idx=1, dl=None, max_n=9, shuffle=True, ax=None):
@@ -3028,9 +2979,8 @@ def show_results(self: Learner, ds_idx=1, dl=None, max_n=9, shuffle=True, ax=Non
     rows = list(range(len(decoded)))
     if shuffle:
         random.Random().shuffle(rows)
-    rows = rows[:max_n]
-    pairs = [(self.dls.decoded(y[i]), self.dls.decoded(decoded[i])) for i in rows]
-    titles = [f'{title(target)}\n{title(pred)}' for target, pred in pairs]
+    rows, dls = rows[:max_n], self.dls
+    titles = [f'{caption(dls, y[i])}\n{caption(dls, decoded[i])}' for i in rows]
     return show_samples(map_tensors(lambda t: t[rows], x), titles, ax)
 
 @patch
@@ -3053,35 +3003,32 @@ def plot_loss(self: Recorder, skip_start=5, with_valid=True, log=False,
     return ax
 
 @patch
-def plot_sched(self: Recorder, keys=None, figsize=None, ax=None):
+def plot_sched(self: Recorder, keys=None, figsize=None):
     """Draw the hypers that a schedule has set, by batch; returns the array of axes.
 
-    keys: their names; default: all. figsize: of a new figure, in inches.
-    ax: an array of axes to draw into, one per key; a new one is (1, n).
+    keys: their names; default: all. figsize: of the figure, in inches.
     """
     keys = list(self.hps) if keys is None else listify(keys)
     check(keys, "no hyper was scheduled in the last fit: try fit_one_cycle")
-    names = {'lr': 'learning rate', 'mom': 'momentum'}
-    axs = new_axes(len(keys), figsize) if ax is None else ax
+    axs = new_axes(1, len(keys), figsize or (6.4 * len(keys), 4.8))
     for ax, key in zip(axs.flat, keys):
         ax.plot(self.hps[key])
-        ax.set(xlabel='batch', ylabel=names.get(key, key))
+        ax.set(xlabel='batch', ylabel=key)
     return axs
 
 @patch
-def plot_lr_find(self: Recorder, skip_end=5, suggestions=None, ax=None):
+def plot_lr_find(self: Recorder, skip_end=5, suggestions=None):
     """Draw the loss by learning rate, as `lr_find` left it; returns the axes.
 
     skip_end: leave out so many batches, when the loss explodes. suggestions: what
     `lr_find` returned, to mark by vertical lines.
     """
-    ax, n = ax or new_axes()[0, 0], max(1, len(self.losses) - skip_end)
+    ax, n = new_axes()[0, 0], max(1, len(self.losses) - skip_end)
     ax.plot(self.lrs[:n], [float(loss) for loss in self.losses[:n]])
-    marks = suggestions._asdict() if suggestions else {}
-    for i, (name, lr) in enumerate(marks.items(), 1):
-        ax.axvline(lr, linestyle='--', color=f'C{i}', label=f'{name}: {lr:.1e}')
     ax.set(xlabel='learning rate', ylabel='loss', xscale='log')
-    if marks:
+    if suggestions:
+        for i, (name, lr) in enumerate(suggestions._asdict().items(), 1):
+            ax.axvline(lr, linestyle='--', color=f'C{i}', label=f'{name}: {lr:.1e}')
         ax.legend()
     return ax
 
@@ -3091,50 +3038,38 @@ class ProgressCallback(Callback):
     It takes the place of `print` as the logger; a logger of your own is left alone. The
     bar is drawn on terminals and in notebooks only.
     """
-    order, only_fit, has_bar = 55, True, False
+    order, only_fit, has_bar, drawn_at = 55, True, False, 0.
 
     def before_fit(self):
         if self.logger is print and 'recorder' in vars(self.learn):
+            self.has_bar = sys.stdout.isatty() or 'ipykernel' in sys.modules
             self.learn.logger = self.write_row
             self.write_row(self.recorder.metric_names)
 
     def after_fit(self):
         if self.logger == self.write_row:
-            self.learn.logger = print
+            self.learn.logger, self.has_bar = print, False
 
     def write_row(self, row):
         """Print the cells, 10 wide or more (epoch: 5), 2 spaces apart."""
-        widths = [max(len(name), 5 if name == 'epoch' else 10)
-                  for name in self.recorder.metric_names]
-        print('  '.join(format_cell(v, w) for v, w in zip(row, widths)), flush=True)
-
-    def before_train(self):
-        is_live = sys.stdout.isatty() or 'ipykernel' in sys.modules
-        self.has_bar = is_live and self.logger == self.write_row
-        self.drawn_at = time.perf_counter()
+        widths = [5, *(max(len(name), 10) for name in self.recorder.metric_names[1:])]
+        text = '  '.join(map(format_cell, row, widths))
+        print(text.ljust(60 if self.has_bar else 0), flush=True)    # over the bar
 
     def after_batch(self):
         """Draw at most 10 times a second: reading the loss waits for the device."""
         if self.has_bar and time.perf_counter() - self.drawn_at > 0.1:
             self.drawn_at = time.perf_counter()
             phase = 'train' if self.training else 'valid'
-            batch = f'{self.iter + 1}/{self.n_iter or "?"}'
-            text = (f'epoch {self.epoch + 1}/{self.n_epoch} {phase} batch {batch} '
-                    f'loss {batch_loss(self):.4f}')
-            print(f'\r{text:60}', end='', flush=True)
-
-    def after_train(self):
-        if self.has_bar:
-            print(f'\r{"":60}', end='\r', flush=True)
-
-    before_validate, after_validate = before_train, after_train
+            text = (f'epoch {self.epoch + 1}/{self.n_epoch} {phase} batch '
+                    f'{self.iter + 1}/{self.n_iter or "?"} loss {batch_loss(self):.4f}')
+            print(f'{text:60}', end='\r', flush=True)
 
 def format_cell(v, width):
     """A cell of the table: floats with six decimals, or as 1.23e+04; None is empty."""
+    text = '' if v is None else str(v)
     if isinstance(v, float):
         text = f'{v:.6f}' if len(f'{v:.6f}') <= width else f'{v:.2e}'
-    else:
-        text = '' if v is None else ' '.join(str(v).split())[:width]
     return text.rjust(width)
 
 defaults.callbacks.append(ProgressCallback)
@@ -3155,14 +3090,13 @@ def show_training_loop(self: Learner):
         name = name.split('  ')[0]
         print(f'{indent}- {name:15}: {self.ordered_cbs(name)}' if dash else line)
 
-@patch
-def gather_args(self: Learner):
+def init_args(self):
     """Arguments of Learner and callbacks: `{'Learner.__init__.lr': 0.001, ...}`."""
     return {f'{type(o).__name__}.__init__.{k}': getattr(o, k)
             for o in (self, *self.cbs)
             for k in inspect.signature(type(o)).parameters if k in vars(o)}
 
-Learner.init_args = property(gather_args)
+Learner.init_args = property(init_args)
 
 # --------------------------------------------------------------------------------------
 # 20. Demo: a small network learns MNIST-1D, a data set that needs no download
@@ -3187,7 +3121,6 @@ def mnist1d(n=5000, seed=42):
     Test accuracy published there: logistic 32 %, MLP 68 %, CNN 94 %, GRU 91 %.
     """
     rng = torch.Generator().manual_seed(seed)
-    rand = partial(torch.rand, n, 1, generator=rng)
     y = torch.randperm(n, generator=rng) % 10
     shapes = torch.tensor([float(v) for v in MNIST1D_SHAPES.split()]).view(10, 12)
     shapes = (shapes - shapes.mean(1, True)) / shapes.std(1, correction=0, keepdim=True)
@@ -3197,7 +3130,7 @@ def mnist1d(n=5000, seed=42):
     at = torch.linspace(0, 1, 72) * torch.randint(47, 72, (n, 1), generator=rng)
     left = at.long().clamp(max=70)
     x = torch.lerp(x.gather(1, left), x.gather(1, left + 1), at - left)
-    x = x * (1 + 0.4 * (rand() - 0.5))
+    x = x * (1 + 0.4 * (torch.rand(n, 1, generator=rng) - 0.5))
     x = x.gather(1, (torch.arange(72) - torch.randint(48, (n, 1), generator=rng)) % 72)
     # correlated noise in the padding, a little independent noise everywhere
     kernel = torch.exp(-torch.arange(-8, 9) ** 2 / 8)
@@ -3205,7 +3138,8 @@ def mnist1d(n=5000, seed=42):
     noise = torch.cat([noise[:, :8].flip(1), noise, noise[:, -8:].flip(1)], 1)
     noise = F.conv1d(noise[:, None], (kernel / kernel.sum())[None, None])[:, 0]
     x = torch.where(x == 0, noise, x) + 0.02 * torch.randn(n, 72, generator=rng)
-    x = x - 0.75 * (rand() - 0.5) * torch.linspace(-0.5, 0.5, 72)
+    tilt = 0.75 * (torch.rand(n, 1, generator=rng) - 0.5)
+    x = x - tilt * torch.linspace(-0.5, 0.5, 72)
     x = F.interpolate(x[:, None], 40, mode='linear', align_corners=True)
     x, cut = (x - x.mean()) / x.std(correction=0), n * 4 // 5
     return (x[:cut], y[:cut]), (x[cut:], y[cut:])
@@ -3224,42 +3158,24 @@ def small_cnn():
     head = nn.Sequential(nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(64, 10))
     return nn.Sequential(body, head)
 
-def demo(argv=None):
-    """Train `small_cnn` on MNIST-1D, draw what happened, say how well it went.
+def demo(n_epoch=15, seed=0, folder='.'):
+    """Train `small_cnn` on MNIST-1D; draw the loss and nine predictions to `folder`.
 
-    argv: a list of command line arguments; default: those of the process.
     Returns: the test accuracy, a float from 0 to 1.
     """
-    parser = argparse.ArgumentParser(description="A small network learns MNIST-1D.")
-    parser.add_argument('--epochs', type=int, default=15, help="default: %(default)s")
-    parser.add_argument('--device', help="cpu, cuda, ...; default: the best at hand")
-    parser.add_argument('--out', default='.', help="folder of the figure; default: .")
-    parser.add_argument('--seed', type=int, default=0, help="default: %(default)s")
-    args, start = parser.parse_args(argv), time.perf_counter()
-    check(args.epochs > 0, f"--epochs {args.epochs}: at least 1")
-    set_seed(args.seed)
-    train, test = mnist1d()
-    dls = DataLoaders.from_tensors(*train, valid=test, device=args.device)
-    learn = Learner(dls, small_cnn(), nn.CrossEntropyLoss(), metrics=accuracy)
-    learn.fit_one_cycle(args.epochs, 1e-2)
-    score, file = learn.final_record[-1], draw_demo(learn, Path(args.out))
-    print(f"test accuracy {score:.1%} (published CNN: 94 %), "
-          f"{time.perf_counter() - start:.0f} seconds on {dls.device}, figure: {file}")
-    return score
-
-def draw_demo(learn, folder):
-    """Draw loss, learning rate and nine predictions; returns the file."""
     import matplotlib.pyplot as plt
-    figure = plt.figure(figsize=(11, 5.5), layout='constrained')
-    left, right = figure.subfigures(1, 2)
-    top, bottom = left.subplots(2, 1, squeeze=False)
-    learn.recorder.plot_loss(ax=top[0])
-    learn.recorder.plot_sched('lr', ax=bottom)
-    right.suptitle('target over prediction')
+    set_seed(seed)
+    train, test = mnist1d()
+    dls = DataLoaders.from_tensors(*train, valid=test)
+    learn = Learner(dls, small_cnn(), nn.CrossEntropyLoss(), metrics=accuracy)
+    learn.fit_one_cycle(n_epoch, 1e-2)
+    left, right = plt.figure(figsize=(11, 5.5), layout='constrained').subfigures(1, 2)
+    learn.recorder.plot_loss(ax=left.subplots())
     learn.show_results(ax=right.subplots(3, 3))
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / 'minilearner_demo.png')
-    return folder / 'minilearner_demo.png'
+    score, file = learn.final_record[-1], Path(folder, 'minilearner_demo.png')
+    plt.savefig(file)
+    print(f"test accuracy {score:.1%} (published CNN: 94 %), figure: {file}")
+    return score
 
 if __name__ == '__main__':
     demo()
