@@ -1342,7 +1342,7 @@ import random
 import sys
 import zipfile
 from collections import ChainMap, namedtuple
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from datetime import timedelta
 
 import torch.nn.functional as F
@@ -1553,19 +1553,15 @@ class ParamScheduler(Callback):
 
     def before_fit(self):
         """Refuse hypers that the optimizer does not have; `mom` may be added."""
-        self.hps = {}
-        check(loader_len(self.dls.train) is not None, "a schedule needs the number of "
-              "batches of an epoch: give the training loader a __len__")
-        known = {*self.opt.hypers[-1], 'mom'}
-        for name, sched in self.scheds.items():
+        self.hps, known = {}, {*self.opt.hypers[-1], 'mom'}
+        check(loader_len(self.dls.train) is not None, "a schedule needs len(dls.train)")
+        for name in self.scheds:
             check(name in known, f"no hyper {name!r}: it has {sorted(known)}")
-            self.opt.set_hyper(name, sched(0.))
-        self.hps = {name: [] for name in self.scheds}
 
     def before_batch(self):
         for name, sched in self.scheds.items():
             self.opt.set_hyper(name, sched(self.pct_train))
-            self.hps[name].append(self.opt.hypers[-1][name])
+            self.hps.setdefault(name, []).append(self.opt.hypers[-1][name])
 
     def after_fit(self):
         if 'recorder' in vars(self.learn):
@@ -1594,27 +1590,26 @@ def fit_one_cycle(self: Learner, n_epoch, lr_max=None, div=25., div_final=1e5,
     cbs = [ParamScheduler(scheds), *listify(cbs)]
     self.fit(n_epoch, peak, wd, cbs, start_epoch=start_epoch)
 
-class LRFinder(ParamScheduler):
+class LRFinder(Callback):
     """Raises the learning rate by equal factors for `num_it` batches, then stops.
 
     stop_div: also stop when the smoothed loss is NaN, or 4 times above its lowest.
     Source: Smith, 'Cyclical Learning Rates for Training Neural Networks', 2017.
     """
-    def __init__(self, start_lr=1e-7, end_lr=10, num_it=100, stop_div=True):
-        self.num_it, self.stop_div, self.best_loss = num_it, stop_div, math.inf
-        super().__init__({'lr': lambda _: sched_exp(start_lr, end_lr,
-                                                    self.train_iter / num_it)})
+    order, run_valid = 60, False
 
-    def before_fit(self):
-        self.hps = {'lr': []}    # no length is needed, as batches are counted
+    def __init__(self, start_lr=1e-7, end_lr=10, num_it=100, stop_div=True):
+        self.sched, self.num_it = SchedExp(start_lr, end_lr), num_it
+        self.stop_div = stop_div
+
+    def before_batch(self):
+        self.opt.set_hyper('lr', self.sched(self.train_iter / self.num_it))
 
     def after_batch(self):
-        if self.learn.smooth_loss is not None:    # else no batch was completed
-            loss = float(self.learn.smooth_loss)
-            self.best_loss = min(self.best_loss, loss)
-            if self.stop_div and not loss <= 4 * self.best_loss:
-                raise CancelFitException
-        if self.train_iter >= self.num_it:
+        losses = self.recorder.losses
+        # not `>`, which is False for NaN
+        explodes = losses and not losses[-1] <= 4 * torch.stack(losses).min()
+        if self.train_iter >= self.num_it or self.stop_div and explodes:
             raise CancelFitException
 
     def before_validate(self):
@@ -1637,8 +1632,8 @@ def valley(lrs, losses, num_it):
     for loss in losses:
         before = [n for n, earlier in zip(length, losses) if earlier > loss]
         length.append(1 + max(before, default=0))
-    end = max(range(len(losses)), key=length.__getitem__)
-    return lrs[end - length[end] // 2]
+    longest = max(length)
+    return lrs[length.index(longest) - longest // 2]
 
 @patch
 def lr_find(self: Learner, start_lr=1e-7, end_lr=10, num_it=100, stop_div=True,
@@ -1646,39 +1641,33 @@ def lr_find(self: Learner, start_lr=1e-7, end_lr=10, num_it=100, stop_div=True,
     """Try out learning rates from `start_lr` to `end_lr`, on a copy of the model.
 
     Everything is then as before, but for the history in `recorder`: that of the search.
-    num_it, stop_div: see `LRFinder`.
-    show_plot: draw the losses, the suggestions, and `valley` as a third one.
+    Your callbacks take part and keep what they count; `only_fit = True` excludes one.
+    num_it, stop_div: see `LRFinder`. show_plot: draw the losses and the suggestions.
     suggest_funcs: functions of (lrs, losses, num_it), two tensors and an int, that
       return a number: `minimum`, `steep`, `valley`.
     Returns: what these suggest, a named tuple of floats; None without them.
     """
-    check('recorder' in vars(self), "lr_find needs it: learn.add_cb(Recorder)")
-    rng = rng_state(self.dls)
-    with restored(self):
+    check('recorder' in vars(self),
+          "lr_find needs the Recorder: learn.add_cb(Recorder)")
+    with restored(self), self.no_logging(), ExitStack() as at_exit:
+        at_exit.callback(set_rng_state, rng_state(self.dls), self.dls)
         # copied together, so that the optimizer has the parameters of the model's copy
         copies = copy.deepcopy((self.model, self.loss_func, self.opt))
         self.model, self.loss_func, self.opt = copies
         self.cbs = [cb for cb in self.cbs if not cb.only_fit or cb is self.recorder]
-        self.logger = lambda *args: None
-        finder = LRFinder(start_lr, end_lr, num_it, stop_div)
-        try:
-            self.fit(num_it, cbs=finder)    # the finder ends it after num_it batches
-        finally:
-            set_rng_state(rng, self.dls)
-    funcs = listify(suggest_funcs)
+        # the finder ends it after num_it batches, and an epoch has one at least
+        self.fit(num_it, cbs=LRFinder(start_lr, end_lr, num_it, stop_div))
+    suggestions = suggest_lrs(self.recorder, num_it, listify(suggest_funcs))
     if show_plot:
-        marks = [*funcs, *({valley} - {*funcs})]
-        suggestions = suggest_lrs(self.recorder, num_it, marks)
         self.recorder.plot_lr_find(suggestions=suggestions)
-    return suggest_lrs(self.recorder, num_it, funcs) if funcs else None
+    return suggestions or None
 
 def suggest_lrs(recorder, num_it, funcs):
     """What the functions say of the losses that are numbers, a named tuple.
 
     If there are more than num_it // 10 + 7, without the first tenth and the last five.
     """
-    lrs = torch.tensor(recorder.lrs)
-    losses = torch.tensor([float(v) for v in recorder.losses])
+    lrs, losses = torch.tensor(recorder.lrs), torch.tensor(recorder.losses)
     lrs, losses = lrs[losses.isfinite()], losses[losses.isfinite()]
     if len(losses) > num_it // 10 + 7:
         lrs, losses = lrs[num_it // 10:-5], losses[num_it // 10:-5]
