@@ -2145,21 +2145,14 @@ def freeze_to(self: Optimizer, n):
 @patch
 def freeze(self: Optimizer):
     """Train only the last group. Raises: ValueError if it is the only one."""
-    check(len(self.param_lists) > 1, "freeze needs 2 or more parameter groups, and "
-          "there is 1: pass a splitter that makes them")
+    check(len(self.param_lists) > 1, "freeze needs 2 or more groups: give a splitter")
     self.freeze_to(-1)
-
-@patch
-def unfreeze(self: Optimizer):
-    """Train all groups."""
-    self.freeze_to(0)
 
 @patch
 def clear_state(self: Optimizer):
     """Forget all state but the marks `force_train` and `do_wd`."""
     for p, _, state, _ in self.all_params():
-        marks = state.keys() & {'force_train', 'do_wd'}
-        self.state[p] = {k: state[k] for k in marks}
+        self.state[p] = {k: state[k] for k in state if k in ('force_train', 'do_wd')}
 
 @patch
 def freeze_to(self: Learner, n):
@@ -2176,10 +2169,11 @@ def freeze(self: Learner):
     self.ensure_opt().freeze()
     self.freeze_to(-1)
 
-@patch
-def unfreeze(self: Learner):
+def unfreeze(self):
     """Train all parameter groups."""
     self.freeze_to(0)
+
+Learner.unfreeze = Optimizer.unfreeze = unfreeze
 
 @patch
 def fine_tune(self: Learner, epochs, base_lr=2e-3, freeze_epochs=1, lr_mult=100,
@@ -2193,9 +2187,8 @@ def fine_tune(self: Learner, epochs, base_lr=2e-3, freeze_epochs=1, lr_mult=100,
     self.ensure_opt(kwargs.pop('reset_opt', False))
     self.freeze()
     self.fit_one_cycle(freeze_epochs, slice(base_lr), pct_start=0.99, **kwargs)
-    base_lr /= 2
     self.unfreeze()
-    lrs = slice(base_lr / lr_mult, base_lr)
+    lrs = slice(base_lr / 2 / lr_mult, base_lr / 2)
     self.fit_one_cycle(epochs, lrs, pct_start=pct_start, div=div, **kwargs)
 
 # --------------------------------------------------------------------------------------
