@@ -2228,62 +2228,48 @@ class OptimWrapper(Optimizer):
 
     params: as in `Optimizer`, or torch's dict groups, or (alone) a torch optimizer.
     opt: a torch optimizer, its class, or a `partial` of that; kwargs go to the class.
-    hp_map: torch's names of hypers to ours; `betas__0` is the first of `betas`. Others
-      keep their names.
+    hp_map: torch's names of hypers to ours, others are the same; `betas` are always
+      mom and sqr_mom.
     convert_groups: bring lists of groups into torch's form.
+    hypers: copies; `set_hyper` reaches the torch optimizer.
     """
-    hp_map = {'lr': 'lr', 'momentum': 'mom', 'betas__0': 'mom', 'weight_decay': 'wd',
-              'alpha': 'sqr_mom', 'betas__1': 'sqr_mom', 'eps': 'eps'}
+    betas = ('mom', 'sqr_mom')
+    hp_map = {'lr': 'lr', 'momentum': 'mom', 'weight_decay': 'wd', 'alpha': 'sqr_mom',
+              'eps': 'eps'}
 
     def __init__(self, params=None, opt=None, hp_map=None, convert_groups=True,
                  **kwargs):
         opt, params = (params, None) if opt is None else (opt, params)
-        ours = {k: kwargs.pop(k) for k in ('mom', 'wd', 'sqr_mom') if k in kwargs}
         if not isinstance(opt, torch.optim.Optimizer):
-            params = params if isinstance(params, torch.Tensor) else list(params)
-            if convert_groups and not isinstance(params[0], dict):
+            params = [params] if isinstance(params, torch.Tensor) else list(params)
+            if convert_groups and not any(isinstance(p, dict) for p in params):
                 params = [{'params': group} for group in as_groups(params)]
             opt = opt(params, **kwargs)
         self.opt, self.state = opt, defaultdict(dict)
         self.hp_map = hp_map or self.hp_map
-        self.set_hypers(**ours)
 
     param_groups = property(lambda self: self.opt.param_groups)
-
-    @property
-    def param_lists(self):
-        """The parameters of each group; assigned, they reach the torch optimizer."""
-        return [group['params'] for group in self.opt.param_groups]
-
-    @param_lists.setter
-    def param_lists(self, lists):
-        """Give each torch group other parameters."""
-        for group, params in zip(self.opt.param_groups, lists, strict=True):
-            group['params'] = params
-
-    @property
-    def hypers(self):
-        """A dict per group, under our names: copies; `set_hyper` writes through."""
-        return [self._named(group) for group in self.opt.param_groups]
+    param_lists = property(lambda self: [g['params'] for g in self.param_groups])
+    hypers = property(lambda self: [*map(self._named, self.param_groups)])
 
     def _named(self, group):
         """The hypers of a torch group under our names."""
         named = {self.hp_map.get(k, k): v for k, v in group.items() if k != 'params'}
-        for i, beta in enumerate(named.pop('betas', ())):
-            named[self.hp_map.get(f'betas__{i}', f'betas__{i}')] = beta
-        return named
+        betas = named.pop('betas', ())
+        return {**named, **dict(zip(self.betas, betas))}
 
     def _set(self, i, k, value):
-        group, places = self.opt.param_groups[i], {k: [k]}
-        for name, ours in self.hp_map.items():
-            if name.split('__')[0] in group:
-                places[ours] = name.split('__')
-        key, *part = places[k]
-        if part:
-            values = list(group[key])
-            values[int(part[0])] = value
-            value = tuple(values)
-        group[key] = value
+        if k == 'wd' and value and any('do_wd' in o for o in self.state.values()):
+            warnings.warn("torch's optimizers decay biases and norm layers, too: take "
+                          "Adam or SGD of this file, or say Learner(..., wd_bn_bias=True)")
+        group = self.param_groups[i]
+        if k in self.betas and 'betas' in group:
+            betas = list(group['betas'])
+            betas[self.betas.index(k)] = value
+            group['betas'] = tuple(betas)
+        else:
+            names = {ours: name for name, ours in self.hp_map.items() if name in group}
+            group[names.get(k, k)] = value
 
     def step(self):
         """A step of the torch optimizer."""
@@ -2299,7 +2285,7 @@ class OptimWrapper(Optimizer):
 
     def load_state_dict(self, sd):
         """Load what `state_dict` gave. Raises: ValueError if it does not fit."""
-        groups = [self._named(group) for group in sd.get('param_groups', [])]
+        groups = [*map(self._named, sd.get('param_groups', []))]
         states, n_params = sd.get('state', {}), len(self.all_params())
         check_fits(self, groups, [states.get(i, {}) for i in range(n_params)])
         self.opt.load_state_dict(sd)

@@ -826,7 +826,7 @@ def test_from_dsets_keeps_the_sampler_for_training():
 # =============================================================================================
 lesson("Optimizer", "sgd_step weight_decay l2_reg average_grad average_sqr_grad momentum_step rms_prop_step step_stat "
        "debias adam_step Optimizer.__init__ Optimizer.all_params Optimizer.set_hyper Optimizer.step "
-       "Optimizer.zero_grad as_groups SGD RMSProp Adam OptimWrapper.__init__ OptimWrapper.hypers "
+       "Optimizer.zero_grad as_groups SGD RMSProp Adam OptimWrapper.__init__ OptimWrapper._set "
        "OptimWrapper.load_state_dict",
        goal="SGD, RMSProp and Adam as chains of step functions, equal to torch's to the last digits",
        hint="p.data.add_(g, alpha=-lr) changes p in place; step passes {**state, **hypers}",
@@ -1239,12 +1239,10 @@ def test_wrapped_optimizer_equals_the_bare_one(make):
 
 def test_wrapper_translates_hypers():
     p, q = param(), param()
-    adam = ml.OptimWrapper([[p], [q]], torch.optim.AdamW, lr=0.1, mom=0.8, wd=0.3)
+    adam = ml.OptimWrapper([[p], [q]], torch.optim.AdamW, lr=0.1, betas=(0.8, 0.999), weight_decay=0.3)
     assert len(adam.param_lists) == 2 and adam.hypers[0].items() >= {
         'lr': 0.1, 'mom': 0.8, 'sqr_mom': 0.999, 'wd': 0.3, 'eps': 1e-8, 'amsgrad': False}.items(), \
         "mom and sqr_mom are torch's betas, wd its weight_decay; eps and all others keep their names"
-    adam.param_lists = [[p], [r := param()]]
-    assert adam.opt.param_groups[1]['params'] == [r], "assigned, parameters reach torch's groups"
     adam.set_hyper('sqr_mom', [0.5, 0.6])
     adam.set_hyper('lr', slice(0.1, 1))
     assert [g['betas'] for g in adam.opt.param_groups] == [(0.8, 0.5), (0.8, 0.6)], "betas is a tuple: the first stays"
@@ -1254,7 +1252,8 @@ def test_wrapper_translates_hypers():
     sgd.set_hypers(mom=0.5, wd=0.1)
     assert sgd.opt.param_groups[0]['momentum'] == 0.5 and sgd.opt.param_groups[0]['weight_decay'] == 0.1, \
         "mom and wd are written under torch's names"
-    rms = ml.OptimWrapper([p], torch.optim.RMSprop, lr=0.1, sqr_mom=0.5)
+    rms = ml.OptimWrapper([p], torch.optim.RMSprop, lr=0.1)
+    rms.set_hyper('sqr_mom', 0.5)
     assert rms.opt.param_groups[0]['alpha'] == 0.5, "RMSprop has no betas: its sqr_mom is alpha"
     with pytest.raises(ValueError):
         rms.set_hyper('lr', -1)
@@ -1294,6 +1293,16 @@ def test_wrapper_freezes_clears_and_saves():
     assert q.grad is not None, "what trains still has the gradient of its step"
     opt.zero_grad()
     assert q.grad is None, "no gradient survives zero_grad"
+
+
+def test_a_torch_optimizer_says_that_it_decays_what_should_be_spared():
+    learn = line_learner(model=nn.Linear(1, 1), opt_func=torch.optim.AdamW)
+    with pytest.warns(UserWarning, match='decay biases.*wd_bn_bias=True'):
+        learn.fit(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        learn.fit(1, wd=0)      # nothing decays
+        line_learner(model=nn.Linear(1, 1), opt_func=torch.optim.AdamW, wd_bn_bias=True).fit(1)
 
 
 def test_sgd_with_momentum_decays_past_the_average():
