@@ -1222,7 +1222,7 @@ class Optimizer:
         v may be `slice(a, b)`: a for the first group, b for the last, equal factors in
         between; or `slice(b)`: b for the last group, b / 10 for the others.
         """
-        values = spread(v, len(self.param_lists))
+        values = spread(v, len(self.param_lists), k)
         ok = all(isinstance(value, (int, float)) and value >= 0 for value in values)
         # no `check`: schedules come here in every batch, and need no text
         if k in ('lr', 'wd') and not ok:
@@ -1254,7 +1254,7 @@ class Optimizer:
 
     def zero_grad(self, set_to_none=True):
         """Forget all gradients; `set_to_none=False` fills them with 0 instead."""
-        for p in sum(self.param_lists, []):
+        for p in [p for group in self.param_lists for p in group]:
             if set_to_none:
                 p.grad = None
             elif p.grad is not None:
@@ -1284,10 +1284,12 @@ def norm_bias_params(model, with_bias=True):
 def as_groups(params):
     """Lists of parameters from parameters, iterables of them, or a single tensor."""
     params = [params] if isinstance(params, torch.Tensor) else list(params)
+    check(not any(isinstance(p, dict) for p in params), "groups as dicts are for "
+          "torch's optimizers: give lists of parameters, and set_hyper per group")
     is_one = [isinstance(p, torch.Tensor) or not hasattr(p, '__iter__') for p in params]
     return [params] if any(is_one) or not params else [list(p) for p in params]
 
-def spread(v, n):
+def spread(v, n, name='hyper'):
     """The list of `n` values that `v` stands for; see `Optimizer.set_hyper`.
 
     >>> spread(slice(1, 100), 3), spread(slice(1), 3)
@@ -1296,13 +1298,13 @@ def spread(v, n):
     if isinstance(v, slice) and v.start is None:
         return [float(v.stop / 10)] * (n - 1) + [float(v.stop)]
     if isinstance(v, slice):    # back from the end, so that a single group gets it
-        check(v.start > 0 and v.stop > 0, f"{v}: both ends must be above 0")
+        check(v.start > 0 and v.stop > 0, f"{name}={v}: both ends must be above 0")
         return [float(v.stop * (v.start / v.stop) ** (i / max(1, n - 1)))
                 for i in reversed(range(n))]
     values = v.tolist() if hasattr(v, 'tolist') else v    # of an array or a tensor
     values = list(values) if isinstance(values, (list, tuple)) else [values] * n
     if len(values) != n:
-        raise ValueError(f"{v!r}: {len(values)} values for {n} parameter group(s)")
+        raise ValueError(f"{name}={v!r}: {len(values)} values for {n} parameter groups")
     return [value.item() if hasattr(value, 'item') else value for value in values]
 
 def SGD(params, lr, mom=0., wd=0., decouple_wd=True):
@@ -2261,7 +2263,7 @@ class OptimWrapper(Optimizer):
     def _set(self, i, k, value):
         if k == 'wd' and value and any('do_wd' in o for o in self.state.values()):
             warnings.warn("torch's optimizers decay biases and norm layers, too: take "
-                          "Adam or SGD of this file, or say Learner(..., wd_bn_bias=True)")
+                          "this file's Adam, or say Learner(..., wd_bn_bias=True)")
         group = self.param_groups[i]
         if k in self.betas and 'betas' in group:
             betas = list(group['betas'])

@@ -1276,6 +1276,27 @@ def test_wrapper_takes_what_torch_and_fastai_give():
 MAKERS = {'SGD': ml.SGD, 'Adam': ml.Adam, 'torch SGD': torch.optim.SGD, 'torch Adam': torch.optim.Adam}
 
 
+def test_groups_as_dicts_are_for_torch():
+    for make in (ml.Adam, ml.SGD):
+        with pytest.raises(ValueError, match='lists of parameters'):
+            make([{'params': [param()], 'lr': 1.}], lr=0.1)
+
+
+def test_groups_may_be_tuples():
+    opt, p, q = ml.SGD([param()], lr=0.1), param(), param()
+    opt.param_lists = [(p, q)]
+    opt.step()
+    opt.zero_grad()
+    assert p.grad is None and q.grad is None and close(p, [0.95, 2.1])
+
+
+def test_an_error_names_the_hyper():
+    opt = ml.SGD([[param()], [param()]], lr=0.1)
+    for bad in ([0.1, 0.2, 0.3], slice(0, 1)):
+        with pytest.raises(ValueError, match=r'^mom='):
+            opt.set_hyper('mom', bad)
+
+
 def test_wrapper_freezes_clears_and_saves():
     p, q = param(), param()
     opt = ml.OptimWrapper([[p], [q]], torch.optim.Adam, lr=0.1)
@@ -3455,7 +3476,7 @@ def test_one_cycle_sets_the_documented_values(n_batches):
 
 
 def test_one_cycle_names_a_wrong_rate():
-    with pytest.raises(ValueError, match=r'^slice\(0, 1'):
+    with pytest.raises(ValueError, match=r'^lr=slice\(0, 1'):
         line_learner().fit_one_cycle(1, slice(0, 1))
 
 
@@ -4048,6 +4069,13 @@ def test_a_schedule_of_an_unknown_hyper_is_refused():
     assert learn.recorder.hps == {}, "nothing was scheduled"
     learn.fit(1, cbs=ml.ParamScheduler({'mom': ml.SchedNo(1, 1)}))
     assert learn.recorder.hps == {'mom': [1] * 4}, "mom may be added, for optimizers without"
+
+
+def test_a_schedule_of_too_many_groups_names_the_hyper():
+    learn = line_learner(splitter=lambda m: [[m.a], [m.b]])
+    with pytest.raises(ValueError, match='^mom=.*3 values for 2'):
+        learn.fit(1, cbs=ml.ParamScheduler({'mom': ml.SchedNo([1, 1, 1], [1, 1, 1])}))
+    assert same(weights(learn.model), weights(Line())), "before the first step"
 
 
 def test_schedules_take_arrays_of_one_value_per_group():
