@@ -325,11 +325,9 @@ class Learner:
         with self.added_cbs(cbs):
             opt = self.ensure_opt(reset_opt)
             opt.set_hyper('lr', self.lr if lr is None else lr)
+            wd = self.wd if wd is None else wd
             # the optimizer's own is set again, as an earlier fit may have had another
-            for default in (self.wd, opt.own_wd or None):
-                wd = default if wd is None else wd
-            if wd is not None:
-                opt.set_hyper('wd', wd)
+            opt.set_hyper('wd', opt.own_wd if wd is None else wd)
             self.n_epoch, self.start_epoch = n_epoch, start_epoch
             try:
                 self._stage('fit', self._all_epochs, CancelFitException)
@@ -466,7 +464,7 @@ class Learner:
             warnings.warn("some parameters that require a gradient are not in the "
                           "optimizer, and will not train: say fit(..., reset_opt=True)")
         if self.opt.own_wd is None:    # before any fit or file brings another
-            self.opt.own_wd = [h['wd'] for h in self.opt.hypers if 'wd' in h]
+            self.opt.own_wd = [h.get('wd', 0.) for h in self.opt.hypers]
         return self.opt
 
     def create_opt(self):

@@ -2370,6 +2370,10 @@ def test_weight_decay_of_a_fit_reaches_the_optimizer():
     assert learn.opt.hypers[0]['wd'] == 0.1, "that of the learner"
     learn.fit(1, wd=0.2)
     assert learn.opt.hypers[0]['wd'] == 0.2, "that of the fit is stronger"
+    bare = line_learner(opt_func=functools.partial(ml.Optimizer, cbs=[ml.weight_decay, ml.sgd_step]))
+    bare.fit(1, wd=0.3)
+    bare.fit(1)
+    assert bare.opt.hypers[0]['wd'] == 0, "an optimizer that declares none has none, but in the fit that gives it"
 
 
 @pytest.mark.parametrize('part', ['fit', 'epoch', 'train', 'batch', 'backward', 'step', 'validate'])
