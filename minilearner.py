@@ -2353,37 +2353,35 @@ class TrackerCallback(Callback):
       or error, else greater.
     min_delta: by how much it has to be better.
     reset_on_fit: forget the best when a fit begins.
+    best: the best value so far; infinite if there was none.
     """
-    order, only_fit, keeps = 60, True, ('best', 'wait', 'saved')
-    best, wait, saved = None, 0, False
+    order, only_fit, keeps = 60, True, ('best', 'best_row')
 
     def __init__(self, monitor='valid_loss', comp=None, min_delta=0.,
                  reset_on_fit=True):
         less = 'loss' in monitor or 'error' in monitor
         self.comp = comp or (operator.lt if less else operator.gt)
-        self.monitor, self.min_delta = monitor, min_delta
+        sign = 1 if self.comp(0, 1) else -1    # of what makes a value worse
+        self.best = self.worst = sign * math.inf
+        self.monitor, self.delta = monitor, sign * min_delta
         self.reset_on_fit = reset_on_fit
 
     def before_fit(self):
-        check('recorder' in vars(self.learn), f"{self!r} needs it: add_cb(Recorder)")
-        names = self.recorder.metric_names
-        ok = self.monitor in names and self.monitor not in ('epoch', 'time')
-        check(ok, f"monitor={self.monitor!r}: there are {names}")
-        self.column, self.new_best, self.wait = names.index(self.monitor), False, 0
+        check('recorder' in vars(self.learn),
+              f"{self!r} needs the Recorder: learn.add_cb(Recorder)")
+        names = [k for k in self.recorder.metric_names if k not in ('epoch', 'time')]
+        check(self.monitor in names, f"monitor={self.monitor!r}: there are {names}")
+        self.new_best, self.best_row = False, 0
         if self.reset_on_fit:
-            self.best, self.saved = None, False
+            self.best = self.worst
 
     def after_epoch(self):
-        """Compare, unless the epoch was skipped, or the value is missing or NaN."""
-        log = self.recorder.log
-        value = log[self.column] if log[0] == self.epoch else None
-        self.measured, self.new_best = value is not None, False
-        if value is None or math.isnan(value):
-            return
-        # min_delta makes the value worse: comp tells which way that is
-        delta = -self.min_delta if self.comp(1, 0) else self.min_delta
-        if self.best is None or self.comp(value + delta, self.best):
-            self.new_best, self.best = True, value
+        """Compare the newest row: that of a skipped epoch is the one before, again."""
+        row = dict(zip(self.recorder.metric_names, self.recorder.log))
+        value = row.get(self.monitor)
+        self.new_best = value is not None and self.comp(value + self.delta, self.best)
+        if self.new_best:
+            self.best, self.best_row = value, len(self.recorder.values)
 
 class EarlyStoppingCallback(TrackerCallback):
     """Ends the training after `patience` epochs in a row that were not the best.
@@ -2395,13 +2393,14 @@ class EarlyStoppingCallback(TrackerCallback):
     def __init__(self, monitor='valid_loss', comp=None, min_delta=0., patience=1,
                  reset_on_fit=True):
         super().__init__(monitor, comp, min_delta, reset_on_fit)
+        check(patience >= 1, f"patience={patience!r}: give 1 epoch or more")
         self.patience = patience
 
     def after_epoch(self):
         super().after_epoch()
-        self.wait = 0 if self.new_best else self.wait + self.measured
-        if self.wait >= self.patience:
-            best = self.epoch - self.wait
+        wait = len(self.recorder.values) - self.best_row
+        if wait >= self.patience:
+            best = self.epoch - wait
             say(self.learn, f"stopped: no better {self.monitor} since epoch {best}")
             raise CancelFitException
 
@@ -2424,16 +2423,16 @@ class SaveModelCallback(TrackerCallback):
     def after_epoch(self):
         super().after_epoch()
         if self.every_epoch:
-            if self.completed and self.epoch % int(self.every_epoch) == 0:
+            if self.completed and self.epoch % self.every_epoch == 0:
                 self.learn.save(f'{self.fname}_{self.epoch}', self.with_opt)
         elif self.new_best:
             self.learn.save(self.fname, self.with_opt)
-            self.saved = True
 
     def after_fit(self):
+        is_saved = self.best != self.worst and not self.every_epoch
         if self.at_end and not self.failed:
             self.learn.save(self.fname, self.with_opt)
-        elif self.saved and not self.failed and self.start_epoch < self.n_epoch:
+        elif is_saved and not self.failed and self.start_epoch < self.n_epoch:
             self.learn.load(self.fname)
             say(self.learn, f"loaded the best weights: {self.monitor} {self.best:.6f}")
 
@@ -2443,7 +2442,7 @@ class GradientClip(Callback):
         self.max_norm, self.norm_type = max_norm, norm_type
 
     def before_step(self):
-        params = self.model.parameters()
+        params = [p for p, *_ in self.opt.all_params(with_grad=True)]
         nn.utils.clip_grad_norm_(params, self.max_norm, self.norm_type)
 
 class GradientAccumulation(Callback):
@@ -2457,29 +2456,23 @@ class GradientAccumulation(Callback):
         self.n_acc = n_acc
 
     def before_train(self):
-        self.count, self.carried = 0, []
+        self.count, self.sums = 0, {}
 
     def before_backward(self):
         self.learn.loss_grad = self.loss_grad * find_bs(self.yb)    # sums add up
 
-    def after_backward(self):
-        if self.completed:
-            self.count += find_bs(self.yb)
-
     def before_step(self):
-        params = [p for p in self.model.parameters() if p.grad is not None]
+        """Add the gradients to the sums; step with their means if there are enough."""
+        params = [p for p, *_ in self.opt.all_params(with_grad=True)]
+        self.count += find_bs(self.yb) if params else 0
+        for p in params:
+            self.sums[p] = p.grad.add_(self.sums.get(p, 0))
         is_last = self.iter + 1 == self.n_iter
         if self.count * n_processes() < self.n_acc and not is_last:
-            self.carried = [(p, p.grad) for p in params]
             raise CancelStepException
-        for p in params:
-            p.grad /= max(1, self.count)
-        self.count = 0
-
-    def after_batch(self):
-        for p, grad in self.carried:
-            p.grad = grad    # the loop has removed it
-        self.carried = []
+        for p, total in self.sums.items():
+            p.grad = total / self.count
+        self.before_train()
 
     def after_train(self):
         """Step with what is left: a loader without length does not tell the last batch.
@@ -2488,7 +2481,7 @@ class GradientAccumulation(Callback):
             self.learn.n_iter = self.iter + 1
             self.learn._stage('step', self.opt.step, CancelStepException)
             self.learn.completed = True
-        self.opt.zero_grad()
+            self.opt.zero_grad()
 
 class ModelResetter(Callback):
     """Calls `model.reset()` before each pass, as recurrent models need it."""
@@ -2512,13 +2505,11 @@ class RNNRegularizer(Callback):
 
     def after_loss(self):
         if self.training:
-            raw, out = self.raw_out[-1].float(), self.out[-1].float()
-            self.learn.loss = self.loss + self.alpha * out.pow(2).mean()
-            if raw.shape[1] > 1:
-                change = raw[:, 1:] - raw[:, :-1]
-                self.learn.loss = self.loss + self.beta * change.pow(2).mean()
-
-    def after_batch(self):
+            out, change = self.out[-1].float(), self.raw_out[-1].float().diff(dim=1)
+            # a mean, but 0 for a single time step, which has no change
+            change = change.pow(2).sum() / max(1, change.numel())
+            penalty = self.alpha * out.pow(2).mean() + self.beta * change
+            self.learn.loss = self.loss + penalty
         self.raw_out = self.out = None    # they hold the graph
 
 # --------------------------------------------------------------------------------------

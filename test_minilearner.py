@@ -826,7 +826,7 @@ def test_from_dsets_keeps_the_sampler_for_training():
 # =============================================================================================
 lesson("Optimizer", "sgd_step weight_decay l2_reg average_grad average_sqr_grad momentum_step rms_prop_step step_stat "
        "debias adam_step Optimizer.__init__ Optimizer.all_params Optimizer.set_hyper Optimizer.step "
-       "Optimizer.zero_grad as_groups SGD RMSProp Adam OptimWrapper.__init__ OptimWrapper._set "
+       "Optimizer.zero_grad as_groups SGD RMSProp Adam OptimWrapper.__init__ OptimWrapper._named OptimWrapper._set "
        "OptimWrapper.load_state_dict",
        goal="SGD, RMSProp and Adam as chains of step functions, equal to torch's to the last digits",
        hint="p.data.add_(g, alpha=-lr) changes p in place; step passes {**state, **hypers}",
@@ -4953,12 +4953,11 @@ def test_titles_are_short():
 
 
 # =============================================================================================
-lesson("A shelf of callbacks", "TerminateOnNaNCallback.after_loss TrackerCallback.before_fit TrackerCallback.after_epoch "
-       "EarlyStoppingCallback.after_epoch SaveModelCallback.after_epoch SaveModelCallback.after_fit "
+lesson("A shelf of callbacks", "TerminateOnNaNCallback.after_loss TrackerCallback.__init__ TrackerCallback.before_fit TrackerCallback.after_epoch "
+       "EarlyStoppingCallback.__init__ EarlyStoppingCallback.after_epoch SaveModelCallback.after_epoch SaveModelCallback.after_fit "
        "GradientClip.before_step GradientAccumulation.before_train GradientAccumulation.before_backward "
-       "GradientAccumulation.after_backward GradientAccumulation.before_step "
-       "GradientAccumulation.after_batch GradientAccumulation.after_train ModelResetter.before_train "
-       "RNNRegularizer.after_pred RNNRegularizer.after_loss RNNRegularizer.after_batch",
+       "GradientAccumulation.before_step GradientAccumulation.after_train ModelResetter.before_train "
+       "RNNRegularizer.after_pred RNNRegularizer.after_loss",
        goal="stop in time, keep the best, clip and accumulate gradients",
        hint="trackers read recorder.values after the Recorder has written them: a higher order",
        read="sections 14 to 16")
@@ -4999,6 +4998,11 @@ def test_early_stopping_is_exact(values, kwargs, epochs):
     learn = scripted(values, ml.EarlyStoppingCallback(monitor='score', **kwargs))
     learn.fit(5)
     assert len(learn.recorder.values) == epochs, "equal, NaN or not better by min_delta is not best: patience runs"
+
+
+def test_early_stopping_needs_patience():
+    with pytest.raises(ValueError, match='patience=0'):
+        ml.EarlyStoppingCallback(patience=0)
 
 
 def test_trackers_compare_and_reset():
@@ -5051,6 +5055,32 @@ def test_gradient_clip():
         after_step=lambda self: norms.append(math.hypot(self.model.a.grad, self.model.b.grad)))])
     learn.fit(1)
     assert max(norms) == pytest.approx(0.1, rel=1e-3), "the norm over all parameters together, cut before the step"
+
+
+class LossWithWeights(nn.Module):
+    """A loss function with a parameter, whose gradient is large."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(1.))
+
+    def forward(self, pred, y): return F.mse_loss(pred, y) * self.w
+
+
+def test_gradients_of_a_loss_are_clipped_and_accumulated_too():
+    norms, x, y = [], *line_data(8)
+    def note(self):
+        norms.append(math.hypot(*(p.grad for p, *_ in self.opt.all_params(with_grad=True))))
+    def run(batches, *cbs):
+        loss = LossWithWeights()
+        learn = line_learner(ml.DataLoaders(batches, device='cpu'), loss_func=loss, opt_func=ml.SGD, cbs=[*cbs])
+        learn.opt = ml.SGD([learn.model.a, learn.model.b, loss.w], lr=0.01)
+        learn.fit(1)
+        return [*weights(learn.model), loss.w.detach()]
+    run([(x, y)], ml.GradientClip(0.1), ml.Callback(after_step=note))
+    assert norms == [pytest.approx(0.1, rel=1e-3)], "all that the optimizer steps counts for the norm"
+    one, acc = run([(x, y)]), run([(x[:4], y[:4]), (x[4:], y[4:])], ml.GradientAccumulation(8))
+    assert all(torch.allclose(a, b) for a, b in zip(one, acc)), "and is accumulated"
 
 
 class NoLength:
@@ -5787,14 +5817,14 @@ def test_the_last_batch_of_an_epoch_steps_by_itself():
 
 def test_a_tracker_needs_the_recorder():
     learn = ml.Learner(line_dls(), Line(), F.mse_loss, default_cbs=False, cbs=[ml.TrainEvalCallback, ml.TrackerCallback()])
-    with pytest.raises(ValueError, match=r'TrackerCallback needs it: add_cb\(Recorder\)'):
+    with pytest.raises(ValueError, match=r'TrackerCallback needs the Recorder: learn.add_cb\(Recorder\)'):
         learn.fit(1)
 
 
 def test_nothing_is_best_before_an_epoch():
     learn = line_learner(cbs=ml.TrackerCallback())
     learn.fit(0)
-    assert learn.tracker.new_best is False and learn.tracker.best is None, "there was none to compare"
+    assert learn.tracker.new_best is False and learn.tracker.best == math.inf, "there was none to compare"
 
 
 def test_what_a_checkpoint_cannot_read_again_is_known_at_the_first_save(tmp_path):
@@ -7075,7 +7105,7 @@ HINTS = {
     'fit_one_cycle': "two combined_cos, for lr and mom, in one ParamScheduler",
     'LRFinder.before_batch': "the position on the schedule is the share of num_it batches that is done",
     'LRFinder.after_batch': "CancelFitException after num_it batches, or where the smoothed loss is above 4 times its best, or NaN",
-    'lr_find': "keep weights, optimizer, random numbers; fit with an LRFinder; put all back in `finally`",
+    'lr_find': "keep weights, optimizer, random numbers; fit with an LRFinder; put all back whatever happens",
     'valley': "length[i]: how long the longest falling subsequence is that ends at i",
     'suggest_lrs': "drop losses that are no numbers, then the ends, then ask each function",
     'validation_context': "remember modes and attributes, yield, put them back in `finally`",
@@ -7091,20 +7121,17 @@ HINTS = {
     'TerminateOnNaNCallback.after_loss': "training only; NaN and infinity; in many processes the loss of any: gather_rows",
     'TrackerCallback.before_fit': "not in an lr_finder's fit; find the column of monitor in the recorder's metric_names, without epoch and time",
     'TrackerCallback.after_epoch': "comp(1, 0) is True if larger is better, and decides the sign of min_delta",
-    'EarlyStoppingCallback.after_epoch': "the tracker says new_best and measured: an epoch without a value does not count",
+    'EarlyStoppingCallback.after_epoch': "the recorder's values have a row per epoch, and best_row counts those up to the best",
     'SaveModelCallback.after_epoch': "every_epoch: <fname>_<epoch>, if it is its turn and the epoch was completed; else only a new best",
     'SaveModelCallback.after_fit': "at_end saves; without it the best comes back, if one was saved",
-    'GradientClip.before_step': "torch.nn.utils has it",
-    'GradientAccumulation.before_train': "no sample is counted, nothing is carried, and no step is forced",
+    'GradientClip.before_step': "torch.nn.utils has it; the optimizer knows all parameters",
+    'GradientAccumulation.before_train': "no sample is counted, and there are no sums",
     'GradientAccumulation.before_backward': "a mean has forgotten how many samples it is of: turn it into a sum",
-    'GradientAccumulation.after_backward': "count the samples, but not of a backward pass that was cancelled",
-    'GradientAccumulation.before_step': "too few samples and not the last batch: keep the gradients, cancel the step",
-    'GradientAccumulation.after_batch': "zero_grad came with the end of the batch: put the kept gradients back",
-    'GradientAccumulation.after_train': "what is left over steps now, in a stage 'step', if the epoch was completed; no gradient outlives it",
+    'GradientAccumulation.before_step': "add the gradients to the sums; too few samples and not the last batch: cancel the step",
+    'GradientAccumulation.after_train': "what is left over steps now, in a stage 'step', if the epoch was completed",
     'ModelResetter.before_train': "the model has a method reset",
     'RNNRegularizer.after_pred': "the model returns (pred, raw_out, out): the loss wants the first, after_loss the others",
-    'RNNRegularizer.after_batch': "forget what holds the graph",
-    'RNNRegularizer.after_loss': "the model returns (pred, raw_out, out); penalties: large out, and changes of raw_out in time",
+    'RNNRegularizer.after_loss': "the model returns (pred, raw_out, out); penalties: large out, and changes of raw_out in time; forget both, they hold the graph",
     'DistributedCallback.before_fit': "ordered_loader(dl) has all rows, or is dl itself; gather the seed, so that all have one",
     'DistributedCallback.before_train': "DistributedSampler.set_epoch gives another order; loader_of_rows takes the share",
     'DistributedCallback.before_validate': "rank r of n has rows len * r // n to len * (r + 1) // n; loader_of_rows",
@@ -7118,8 +7145,8 @@ GIVEN = {
     "it runs while the file is imported": "annealer check_event check_handler Callback.__init_subclass__",
     "it keeps its arguments, no more": """
         AvgMetric.__init__ AvgLoss.__init__ AvgSmoothLoss.__init__ ObjectMetric.__init__ Recorder.__init__
-        ParamScheduler.__init__ LRFinder.__init__ GatherPredsCallback.__init__ TrackerCallback.__init__
-        EarlyStoppingCallback.__init__ SaveModelCallback.__init__ CheckpointCallback.__init__ GradientClip.__init__
+        ParamScheduler.__init__ LRFinder.__init__ GatherPredsCallback.__init__
+        SaveModelCallback.__init__ CheckpointCallback.__init__ GradientClip.__init__
         GradientAccumulation.__init__ MixedPrecision.__init__ RNNRegularizer.__init__ DistributedCallback.__init__""",
     "it hands over, in a line": """
         DataLoaders.__getitem__ Optimizer.set_hypers Optimizer.unfreeze OptimWrapper Learner.unfreeze
