@@ -2130,9 +2130,11 @@ def freeze_to(self: Optimizer, n):
     """Train only the groups from `n` on (negative: counted from the end).
 
     Parameters whose state has `force_train` train in any case; frozen ones lose
-    their gradient. Warns if that freezes all groups.
+    their gradient. Warns if that freezes all groups. Raises: ValueError for a negative
+    n if there is one group.
     """
     n_groups = len(self.param_lists)
+    check(n >= 0 or n_groups > 1, "to freeze, have 2 or more groups: give a splitter")
     self.frozen_idx = max(0, n if n >= 0 else n_groups + n)
     if self.frozen_idx >= n_groups:
         warnings.warn(f"freeze_to({n}) freezes all {n_groups} parameter group(s)")
@@ -2141,12 +2143,6 @@ def freeze_to(self: Optimizer, n):
             p.requires_grad_(i >= self.frozen_idx or 'force_train' in self.state[p])
             if not p.requires_grad:
                 p.grad = None    # or one more step would move it
-
-@patch
-def freeze(self: Optimizer):
-    """Train only the last group. Raises: ValueError if it is the only one."""
-    check(len(self.param_lists) > 1, "freeze needs 2 or more groups: give a splitter")
-    self.freeze_to(-1)
 
 @patch
 def clear_state(self: Optimizer):
@@ -2163,16 +2159,15 @@ def freeze_to(self: Learner, n):
     opt.freeze_to(n)
     opt.clear_state()
 
-@patch
-def freeze(self: Learner):
+def freeze(self):
     """Train only the last parameter group. Raises: ValueError if it is the only one."""
-    self.ensure_opt().freeze()
     self.freeze_to(-1)
 
 def unfreeze(self):
     """Train all parameter groups."""
     self.freeze_to(0)
 
+Learner.freeze = Optimizer.freeze = freeze
 Learner.unfreeze = Optimizer.unfreeze = unfreeze
 
 @patch
