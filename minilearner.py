@@ -2134,7 +2134,7 @@ def freeze_to(self: Optimizer, n):
     n if there is one group.
     """
     n_groups = len(self.param_lists)
-    check(n >= 0 or n_groups > 1, "to freeze, have 2 or more groups: give a splitter")
+    check(n >= 0 or n_groups > 1, "freezing needs 2 or more groups: give a splitter")
     self.frozen_idx = max(0, n if n >= 0 else n_groups + n)
     if self.frozen_idx >= n_groups:
         warnings.warn(f"freeze_to({n}) freezes all {n_groups} parameter group(s)")
@@ -2208,8 +2208,7 @@ def RMSProp(params, lr, sqr_mom=0.99, mom=0., wd=0., decouple_wd=True, eps=1e-8)
 
 def param_groups(opt):
     """`[{'params': [...], 'lr': ...}, ...]` as in torch; writes reach `hypers`."""
-    groups = zip(opt.param_lists, opt.hypers)
-    return [ChainMap(hyper, {'params': group}) for group, hyper in groups]
+    return [ChainMap(h, {'params': g}) for h, g in zip(opt.hypers, opt.param_lists)]
 
 def set_param_groups(opt, groups):
     """Take over parameters and hypers from such a list."""
@@ -2223,8 +2222,8 @@ class OptimWrapper(Optimizer):
 
     params: as in `Optimizer`, or torch's dict groups, or (alone) a torch optimizer.
     opt: a torch optimizer, its class, or a `partial` of that; kwargs go to the class.
-    hp_map: torch's names of hypers to ours, others are the same; `betas` are always
-      mom and sqr_mom.
+    hp_map: torch's names of hypers to ours; others keep their names. Its `betas` are
+      our mom and sqr_mom in any case.
     convert_groups: bring lists of groups into torch's form.
     hypers: copies; `set_hyper` reaches the torch optimizer.
     """
@@ -2356,10 +2355,10 @@ class TrackerCallback(Callback):
                  reset_on_fit=True):
         less = 'loss' in monitor or 'error' in monitor
         self.comp = comp or (operator.lt if less else operator.gt)
+        self.monitor, self.reset_on_fit = monitor, reset_on_fit
         sign = 1 if self.comp(0, 1) else -1    # of what makes a value worse
+        self.min_delta, self.margin = min_delta, sign * min_delta
         self.best = self.worst = sign * math.inf
-        self.monitor, self.delta = monitor, sign * min_delta
-        self.reset_on_fit = reset_on_fit
 
     def before_fit(self):
         check('recorder' in vars(self.learn),
@@ -2371,10 +2370,10 @@ class TrackerCallback(Callback):
             self.best = self.worst
 
     def after_epoch(self):
-        """Compare the newest row: that of a skipped epoch is the one before, again."""
+        """Compare the newest row; after a skipped epoch this is the old one, no better."""
         row = dict(zip(self.recorder.metric_names, self.recorder.log))
         value = row.get(self.monitor)
-        self.new_best = value is not None and self.comp(value + self.delta, self.best)
+        self.new_best = value is not None and self.comp(value + self.margin, self.best)
         if self.new_best:
             self.best, self.best_row = value, len(self.recorder.values)
 
@@ -2462,16 +2461,14 @@ class GradientAccumulation(Callback):
         self.count += find_bs(self.yb) if params else 0
         for p in params:
             self.sums[p] = p.grad.add_(self.sums.get(p, 0))
-        is_last = self.iter + 1 == self.n_iter
-        if self.count * n_processes() < self.n_acc and not is_last:
+        if self.count * n_processes() < self.n_acc and self.iter + 1 != self.n_iter:
             raise CancelStepException
         for p, total in self.sums.items():
             p.grad = total / self.count
-        self.before_train()
+        self.before_train()    # begin anew
 
     def after_train(self):
-        """Step with what is left: a loader without length does not tell the last batch.
-        """
+        """Step with what is left, as a loader without length hides the last batch."""
         if self.completed and self.count:
             self.learn.n_iter = self.iter + 1
             self.learn._stage('step', self.opt.step, CancelStepException)

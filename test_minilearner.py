@@ -5018,6 +5018,7 @@ def test_trackers_compare_and_reset():
     learn.tracker.reset_on_fit = True
     learn.fit(1)
     assert learn.tracker.best == 1, "reset_on_fit=True: each fit looks for its own best"
+    assert learn.init_args['TrackerCallback.__init__.min_delta'] == 0
     learn.lr_find(num_it=5, show_plot=False)
     assert learn.tracker.best == 1, "trackers rest while rates are tried out"
     with pytest.raises(ValueError, match="monitor='acc'.*'train_loss', 'valid_loss', 'score'"):
