@@ -2370,7 +2370,7 @@ class TrackerCallback(Callback):
             self.best = self.worst
 
     def after_epoch(self):
-        """Compare the newest row; after a skipped epoch this is the old one, no better."""
+        """Compare the newest row; after a skipped epoch it is an old one, no better."""
         row = dict(zip(self.recorder.metric_names, self.recorder.log))
         value = row.get(self.monitor)
         self.new_best = value is not None and self.comp(value + self.margin, self.best)
