@@ -320,11 +320,9 @@ class Learner:
         with self.added_cbs(cbs):
             opt = self.ensure_opt(reset_opt)
             opt.set_hyper('lr', self.lr if lr is None else lr)
+            wd = self.wd if wd is None else wd
             # the optimizer's own is set again, as an earlier fit may have had another
-            for default in (self.wd, opt.own_wd or None):
-                wd = default if wd is None else wd
-            if wd is not None:
-                opt.set_hyper('wd', wd)
+            opt.set_hyper('wd', opt.own_wd if wd is None else wd)
             self.n_epoch, self.start_epoch = n_epoch, start_epoch
             try:
                 self._stage('fit', self._all_epochs, CancelFitException)
@@ -456,7 +454,7 @@ class Learner:
         if reset or self.opt is None or params - (self.opt.made_for or params):
             self.create_opt()
         if self.opt.own_wd is None:    # before any fit or file brings another
-            self.opt.own_wd = [h['wd'] for h in self.opt.hypers if 'wd' in h]
+            self.opt.own_wd = [h.get('wd', 0.) for h in self.opt.hypers]
         return self.opt
 
     def create_opt(self):
@@ -1224,7 +1222,7 @@ class Optimizer:
         v may be `slice(a, b)`: a for the first group, b for the last, equal factors in
         between; or `slice(b)`: b for the last group, b / 10 for the others.
         """
-        values = spread(v, len(self.param_lists))
+        values = spread(v, len(self.param_lists), k)
         ok = all(isinstance(value, (int, float)) and value >= 0 for value in values)
         # no `check`: schedules come here in every batch, and need no text
         if k in ('lr', 'wd') and not ok:
@@ -1256,7 +1254,7 @@ class Optimizer:
 
     def zero_grad(self, set_to_none=True):
         """Forget all gradients; `set_to_none=False` fills them with 0 instead."""
-        for p in sum(self.param_lists, []):
+        for p in [p for group in self.param_lists for p in group]:
             if set_to_none:
                 p.grad = None
             elif p.grad is not None:
@@ -1286,10 +1284,12 @@ def norm_bias_params(model, with_bias=True):
 def as_groups(params):
     """Lists of parameters from parameters, iterables of them, or a single tensor."""
     params = [params] if isinstance(params, torch.Tensor) else list(params)
+    check(not any(isinstance(p, dict) for p in params), "groups as dicts are for "
+          "torch's optimizers: give lists of parameters, and set_hyper per group")
     is_one = [isinstance(p, torch.Tensor) or not hasattr(p, '__iter__') for p in params]
     return [params] if any(is_one) or not params else [list(p) for p in params]
 
-def spread(v, n):
+def spread(v, n, name='hyper'):
     """The list of `n` values that `v` stands for; see `Optimizer.set_hyper`.
 
     >>> spread(slice(1, 100), 3), spread(slice(1), 3)
@@ -1298,13 +1298,13 @@ def spread(v, n):
     if isinstance(v, slice) and v.start is None:
         return [float(v.stop / 10)] * (n - 1) + [float(v.stop)]
     if isinstance(v, slice):    # back from the end, so that a single group gets it
-        check(v.start > 0 and v.stop > 0, f"{v}: both ends must be above 0")
+        check(v.start > 0 and v.stop > 0, f"{name}={v}: both ends must be above 0")
         return [float(v.stop * (v.start / v.stop) ** (i / max(1, n - 1)))
                 for i in reversed(range(n))]
     values = v.tolist() if hasattr(v, 'tolist') else v    # of an array or a tensor
     values = list(values) if isinstance(values, (list, tuple)) else [values] * n
     if len(values) != n:
-        raise ValueError(f"{v!r}: {len(values)} values for {n} parameter group(s)")
+        raise ValueError(f"{name}={v!r}: {len(values)} values for {n} parameter groups")
     return [value.item() if hasattr(value, 'item') else value for value in values]
 
 def SGD(params, lr, mom=0., wd=0., decouple_wd=True):
@@ -1342,7 +1342,7 @@ import random
 import sys
 import zipfile
 from collections import ChainMap, namedtuple
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from datetime import timedelta
 
 import torch.nn.functional as F
@@ -1553,19 +1553,15 @@ class ParamScheduler(Callback):
 
     def before_fit(self):
         """Refuse hypers that the optimizer does not have; `mom` may be added."""
-        self.hps = {}
-        check(loader_len(self.dls.train) is not None, "a schedule needs the number of "
-              "batches of an epoch: give the training loader a __len__")
-        known = {*self.opt.hypers[-1], 'mom'}
-        for name, sched in self.scheds.items():
+        self.hps, known = {}, {*self.opt.hypers[-1], 'mom'}
+        check(loader_len(self.dls.train) is not None, "a schedule needs len(dls.train)")
+        for name in self.scheds:
             check(name in known, f"no hyper {name!r}: it has {sorted(known)}")
-            self.opt.set_hyper(name, sched(0.))
-        self.hps = {name: [] for name in self.scheds}
 
     def before_batch(self):
         for name, sched in self.scheds.items():
             self.opt.set_hyper(name, sched(self.pct_train))
-            self.hps[name].append(self.opt.hypers[-1][name])
+            self.hps.setdefault(name, []).append(self.opt.hypers[-1][name])
 
     def after_fit(self):
         if 'recorder' in vars(self.learn):
@@ -1594,27 +1590,26 @@ def fit_one_cycle(self: Learner, n_epoch, lr_max=None, div=25., div_final=1e5,
     cbs = [ParamScheduler(scheds), *listify(cbs)]
     self.fit(n_epoch, peak, wd, cbs, start_epoch=start_epoch)
 
-class LRFinder(ParamScheduler):
+class LRFinder(Callback):
     """Raises the learning rate by equal factors for `num_it` batches, then stops.
 
     stop_div: also stop when the smoothed loss is NaN, or 4 times above its lowest.
     Source: Smith, 'Cyclical Learning Rates for Training Neural Networks', 2017.
     """
-    def __init__(self, start_lr=1e-7, end_lr=10, num_it=100, stop_div=True):
-        self.num_it, self.stop_div, self.best_loss = num_it, stop_div, math.inf
-        super().__init__({'lr': lambda _: sched_exp(start_lr, end_lr,
-                                                    self.train_iter / num_it)})
+    order, run_valid = 60, False
 
-    def before_fit(self):
-        self.hps = {'lr': []}    # no length is needed, as batches are counted
+    def __init__(self, start_lr=1e-7, end_lr=10, num_it=100, stop_div=True):
+        self.sched, self.num_it = SchedExp(start_lr, end_lr), num_it
+        self.stop_div = stop_div
+
+    def before_batch(self):
+        self.opt.set_hyper('lr', self.sched(self.train_iter / self.num_it))
 
     def after_batch(self):
-        if self.learn.smooth_loss is not None:    # else no batch was completed
-            loss = float(self.learn.smooth_loss)
-            self.best_loss = min(self.best_loss, loss)
-            if self.stop_div and not loss <= 4 * self.best_loss:
-                raise CancelFitException
-        if self.train_iter >= self.num_it:
+        losses = self.recorder.losses
+        # not `>`, which is False for NaN
+        explodes = losses and not losses[-1] <= 4 * torch.stack(losses).min()
+        if self.train_iter >= self.num_it or self.stop_div and explodes:
             raise CancelFitException
 
     def before_validate(self):
@@ -1637,8 +1632,8 @@ def valley(lrs, losses, num_it):
     for loss in losses:
         before = [n for n, earlier in zip(length, losses) if earlier > loss]
         length.append(1 + max(before, default=0))
-    end = max(range(len(losses)), key=length.__getitem__)
-    return lrs[end - length[end] // 2]
+    longest = max(length)
+    return lrs[length.index(longest) - longest // 2]
 
 @patch
 def lr_find(self: Learner, start_lr=1e-7, end_lr=10, num_it=100, stop_div=True,
@@ -1646,39 +1641,33 @@ def lr_find(self: Learner, start_lr=1e-7, end_lr=10, num_it=100, stop_div=True,
     """Try out learning rates from `start_lr` to `end_lr`, on a copy of the model.
 
     Everything is then as before, but for the history in `recorder`: that of the search.
-    num_it, stop_div: see `LRFinder`.
-    show_plot: draw the losses, the suggestions, and `valley` as a third one.
+    Your callbacks take part and keep what they count; `only_fit = True` excludes one.
+    num_it, stop_div: see `LRFinder`. show_plot: draw the losses and the suggestions.
     suggest_funcs: functions of (lrs, losses, num_it), two tensors and an int, that
       return a number: `minimum`, `steep`, `valley`.
     Returns: what these suggest, a named tuple of floats; None without them.
     """
-    check('recorder' in vars(self), "lr_find needs it: learn.add_cb(Recorder)")
-    rng = rng_state(self.dls)
-    with restored(self):
+    check('recorder' in vars(self),
+          "lr_find needs the Recorder: learn.add_cb(Recorder)")
+    with restored(self), self.no_logging(), ExitStack() as at_exit:
+        at_exit.callback(set_rng_state, rng_state(self.dls), self.dls)
         # copied together, so that the optimizer has the parameters of the model's copy
         copies = copy.deepcopy((self.model, self.loss_func, self.opt))
         self.model, self.loss_func, self.opt = copies
         self.cbs = [cb for cb in self.cbs if not cb.only_fit or cb is self.recorder]
-        self.logger = lambda *args: None
-        finder = LRFinder(start_lr, end_lr, num_it, stop_div)
-        try:
-            self.fit(num_it, cbs=finder)    # the finder ends it after num_it batches
-        finally:
-            set_rng_state(rng, self.dls)
-    funcs = listify(suggest_funcs)
+        # the finder ends it after num_it batches, and an epoch has one at least
+        self.fit(num_it, cbs=LRFinder(start_lr, end_lr, num_it, stop_div))
+    suggestions = suggest_lrs(self.recorder, num_it, listify(suggest_funcs))
     if show_plot:
-        marks = [*funcs, *({valley} - {*funcs})]
-        suggestions = suggest_lrs(self.recorder, num_it, marks)
         self.recorder.plot_lr_find(suggestions=suggestions)
-    return suggest_lrs(self.recorder, num_it, funcs) if funcs else None
+    return suggestions or None
 
 def suggest_lrs(recorder, num_it, funcs):
     """What the functions say of the losses that are numbers, a named tuple.
 
     If there are more than num_it // 10 + 7, without the first tenth and the last five.
     """
-    lrs = torch.tensor(recorder.lrs)
-    losses = torch.tensor([float(v) for v in recorder.losses])
+    lrs, losses = torch.tensor(recorder.lrs), torch.tensor(recorder.losses)
     lrs, losses = lrs[losses.isfinite()], losses[losses.isfinite()]
     if len(losses) > num_it // 10 + 7:
         lrs, losses = lrs[num_it // 10:-5], losses[num_it // 10:-5]
@@ -2140,9 +2129,11 @@ def freeze_to(self: Optimizer, n):
     """Train only the groups from `n` on (negative: counted from the end).
 
     Parameters whose state has `force_train` train in any case; frozen ones lose
-    their gradient. Warns if that freezes all groups.
+    their gradient. Warns if that freezes all groups. Raises: ValueError for a negative
+    n if there is one group.
     """
     n_groups = len(self.param_lists)
+    check(n >= 0 or n_groups > 1, "freezing needs 2 or more groups: give a splitter")
     self.frozen_idx = max(0, n if n >= 0 else n_groups + n)
     if self.frozen_idx >= n_groups:
         warnings.warn(f"freeze_to({n}) freezes all {n_groups} parameter group(s)")
@@ -2153,23 +2144,10 @@ def freeze_to(self: Optimizer, n):
                 p.grad = None    # or one more step would move it
 
 @patch
-def freeze(self: Optimizer):
-    """Train only the last group. Raises: ValueError if it is the only one."""
-    check(len(self.param_lists) > 1, "freeze needs 2 or more parameter groups, and "
-          "there is 1: pass a splitter that makes them")
-    self.freeze_to(-1)
-
-@patch
-def unfreeze(self: Optimizer):
-    """Train all groups."""
-    self.freeze_to(0)
-
-@patch
 def clear_state(self: Optimizer):
     """Forget all state but the marks `force_train` and `do_wd`."""
     for p, _, state, _ in self.all_params():
-        marks = state.keys() & {'force_train', 'do_wd'}
-        self.state[p] = {k: state[k] for k in marks}
+        self.state[p] = {k: state[k] for k in state if k in ('force_train', 'do_wd')}
 
 @patch
 def freeze_to(self: Learner, n):
@@ -2180,16 +2158,16 @@ def freeze_to(self: Learner, n):
     opt.freeze_to(n)
     opt.clear_state()
 
-@patch
-def freeze(self: Learner):
+def freeze(self):
     """Train only the last parameter group. Raises: ValueError if it is the only one."""
-    self.ensure_opt().freeze()
     self.freeze_to(-1)
 
-@patch
-def unfreeze(self: Learner):
+def unfreeze(self):
     """Train all parameter groups."""
     self.freeze_to(0)
+
+Learner.freeze = Optimizer.freeze = freeze
+Learner.unfreeze = Optimizer.unfreeze = unfreeze
 
 @patch
 def fine_tune(self: Learner, epochs, base_lr=2e-3, freeze_epochs=1, lr_mult=100,
@@ -2203,9 +2181,8 @@ def fine_tune(self: Learner, epochs, base_lr=2e-3, freeze_epochs=1, lr_mult=100,
     self.ensure_opt(kwargs.pop('reset_opt', False))
     self.freeze()
     self.fit_one_cycle(freeze_epochs, slice(base_lr), pct_start=0.99, **kwargs)
-    base_lr /= 2
     self.unfreeze()
-    lrs = slice(base_lr / lr_mult, base_lr)
+    lrs = slice(base_lr / 2 / lr_mult, base_lr / 2)
     self.fit_one_cycle(epochs, lrs, pct_start=pct_start, div=div, **kwargs)
 
 # --------------------------------------------------------------------------------------
@@ -2230,8 +2207,7 @@ def RMSProp(params, lr, sqr_mom=0.99, mom=0., wd=0., decouple_wd=True, eps=1e-8)
 
 def param_groups(opt):
     """`[{'params': [...], 'lr': ...}, ...]` as in torch; writes reach `hypers`."""
-    groups = zip(opt.param_lists, opt.hypers)
-    return [ChainMap(hyper, {'params': group}) for group, hyper in groups]
+    return [ChainMap(h, {'params': g}) for h, g in zip(opt.hypers, opt.param_lists)]
 
 def set_param_groups(opt, groups):
     """Take over parameters and hypers from such a list."""
@@ -2245,62 +2221,48 @@ class OptimWrapper(Optimizer):
 
     params: as in `Optimizer`, or torch's dict groups, or (alone) a torch optimizer.
     opt: a torch optimizer, its class, or a `partial` of that; kwargs go to the class.
-    hp_map: torch's names of hypers to ours; `betas__0` is the first of `betas`. Others
-      keep their names.
+    hp_map: torch's names of hypers to ours; others keep their names. Its `betas` are
+      our mom and sqr_mom in any case.
     convert_groups: bring lists of groups into torch's form.
+    hypers: copies; `set_hyper` reaches the torch optimizer.
     """
-    hp_map = {'lr': 'lr', 'momentum': 'mom', 'betas__0': 'mom', 'weight_decay': 'wd',
-              'alpha': 'sqr_mom', 'betas__1': 'sqr_mom', 'eps': 'eps'}
+    betas = ('mom', 'sqr_mom')
+    hp_map = {'lr': 'lr', 'momentum': 'mom', 'weight_decay': 'wd', 'alpha': 'sqr_mom',
+              'eps': 'eps'}
 
     def __init__(self, params=None, opt=None, hp_map=None, convert_groups=True,
                  **kwargs):
         opt, params = (params, None) if opt is None else (opt, params)
-        ours = {k: kwargs.pop(k) for k in ('mom', 'wd', 'sqr_mom') if k in kwargs}
         if not isinstance(opt, torch.optim.Optimizer):
-            params = params if isinstance(params, torch.Tensor) else list(params)
-            if convert_groups and not isinstance(params[0], dict):
+            params = [params] if isinstance(params, torch.Tensor) else list(params)
+            if convert_groups and not any(isinstance(p, dict) for p in params):
                 params = [{'params': group} for group in as_groups(params)]
             opt = opt(params, **kwargs)
         self.opt, self.state = opt, defaultdict(dict)
         self.hp_map = hp_map or self.hp_map
-        self.set_hypers(**ours)
 
     param_groups = property(lambda self: self.opt.param_groups)
-
-    @property
-    def param_lists(self):
-        """The parameters of each group; assigned, they reach the torch optimizer."""
-        return [group['params'] for group in self.opt.param_groups]
-
-    @param_lists.setter
-    def param_lists(self, lists):
-        """Give each torch group other parameters."""
-        for group, params in zip(self.opt.param_groups, lists, strict=True):
-            group['params'] = params
-
-    @property
-    def hypers(self):
-        """A dict per group, under our names: copies; `set_hyper` writes through."""
-        return [self._named(group) for group in self.opt.param_groups]
+    param_lists = property(lambda self: [g['params'] for g in self.param_groups])
+    hypers = property(lambda self: [*map(self._named, self.param_groups)])
 
     def _named(self, group):
         """The hypers of a torch group under our names."""
         named = {self.hp_map.get(k, k): v for k, v in group.items() if k != 'params'}
-        for i, beta in enumerate(named.pop('betas', ())):
-            named[self.hp_map.get(f'betas__{i}', f'betas__{i}')] = beta
-        return named
+        betas = named.pop('betas', ())
+        return {**named, **dict(zip(self.betas, betas))}
 
     def _set(self, i, k, value):
-        group, places = self.opt.param_groups[i], {k: [k]}
-        for name, ours in self.hp_map.items():
-            if name.split('__')[0] in group:
-                places[ours] = name.split('__')
-        key, *part = places[k]
-        if part:
-            values = list(group[key])
-            values[int(part[0])] = value
-            value = tuple(values)
-        group[key] = value
+        if k == 'wd' and value and any('do_wd' in o for o in self.state.values()):
+            warnings.warn("torch's optimizers decay biases and norm layers, too: take "
+                          "this file's Adam, or say Learner(..., wd_bn_bias=True)")
+        group = self.param_groups[i]
+        if k in self.betas and 'betas' in group:
+            betas = list(group['betas'])
+            betas[self.betas.index(k)] = value
+            group['betas'] = tuple(betas)
+        else:
+            names = {ours: name for name, ours in self.hp_map.items() if name in group}
+            group[names.get(k, k)] = value
 
     def step(self):
         """A step of the torch optimizer."""
@@ -2316,7 +2278,7 @@ class OptimWrapper(Optimizer):
 
     def load_state_dict(self, sd):
         """Load what `state_dict` gave. Raises: ValueError if it does not fit."""
-        groups = [self._named(group) for group in sd.get('param_groups', [])]
+        groups = [*map(self._named, sd.get('param_groups', []))]
         states, n_params = sd.get('state', {}), len(self.all_params())
         check_fits(self, groups, [states.get(i, {}) for i in range(n_params)])
         self.opt.load_state_dict(sd)
@@ -2384,37 +2346,35 @@ class TrackerCallback(Callback):
       or error, else greater.
     min_delta: by how much it has to be better.
     reset_on_fit: forget the best when a fit begins.
+    best: the best value so far; infinite if there was none.
     """
-    order, only_fit, keeps = 60, True, ('best', 'wait', 'saved')
-    best, wait, saved = None, 0, False
+    order, only_fit, keeps = 60, True, ('best', 'best_row')
 
     def __init__(self, monitor='valid_loss', comp=None, min_delta=0.,
                  reset_on_fit=True):
         less = 'loss' in monitor or 'error' in monitor
         self.comp = comp or (operator.lt if less else operator.gt)
-        self.monitor, self.min_delta = monitor, min_delta
-        self.reset_on_fit = reset_on_fit
+        self.monitor, self.reset_on_fit = monitor, reset_on_fit
+        sign = 1 if self.comp(0, 1) else -1    # of what makes a value worse
+        self.min_delta, self.margin = min_delta, sign * min_delta
+        self.best = self.worst = sign * math.inf
 
     def before_fit(self):
-        check('recorder' in vars(self.learn), f"{self!r} needs it: add_cb(Recorder)")
-        names = self.recorder.metric_names
-        ok = self.monitor in names and self.monitor not in ('epoch', 'time')
-        check(ok, f"monitor={self.monitor!r}: there are {names}")
-        self.column, self.new_best, self.wait = names.index(self.monitor), False, 0
+        check('recorder' in vars(self.learn),
+              f"{self!r} needs the Recorder: learn.add_cb(Recorder)")
+        names = [k for k in self.recorder.metric_names if k not in ('epoch', 'time')]
+        check(self.monitor in names, f"monitor={self.monitor!r}: there are {names}")
+        self.new_best, self.best_row = False, 0
         if self.reset_on_fit:
-            self.best, self.saved = None, False
+            self.best = self.worst
 
     def after_epoch(self):
-        """Compare, unless the epoch was skipped, or the value is missing or NaN."""
-        log = self.recorder.log
-        value = log[self.column] if log[0] == self.epoch else None
-        self.measured, self.new_best = value is not None, False
-        if value is None or math.isnan(value):
-            return
-        # min_delta makes the value worse: comp tells which way that is
-        delta = -self.min_delta if self.comp(1, 0) else self.min_delta
-        if self.best is None or self.comp(value + delta, self.best):
-            self.new_best, self.best = True, value
+        """Compare the newest row; after a skipped epoch it is an old one, no better."""
+        row = dict(zip(self.recorder.metric_names, self.recorder.log))
+        value = row.get(self.monitor)
+        self.new_best = value is not None and self.comp(value + self.margin, self.best)
+        if self.new_best:
+            self.best, self.best_row = value, len(self.recorder.values)
 
 class EarlyStoppingCallback(TrackerCallback):
     """Ends the training after `patience` epochs in a row that were not the best.
@@ -2426,13 +2386,14 @@ class EarlyStoppingCallback(TrackerCallback):
     def __init__(self, monitor='valid_loss', comp=None, min_delta=0., patience=1,
                  reset_on_fit=True):
         super().__init__(monitor, comp, min_delta, reset_on_fit)
+        check(patience >= 1, f"patience={patience!r}: give 1 epoch or more")
         self.patience = patience
 
     def after_epoch(self):
         super().after_epoch()
-        self.wait = 0 if self.new_best else self.wait + self.measured
-        if self.wait >= self.patience:
-            best = self.epoch - self.wait
+        wait = len(self.recorder.values) - self.best_row
+        if wait >= self.patience:
+            best = self.epoch - wait
             say(self.learn, f"stopped: no better {self.monitor} since epoch {best}")
             raise CancelFitException
 
@@ -2455,16 +2416,16 @@ class SaveModelCallback(TrackerCallback):
     def after_epoch(self):
         super().after_epoch()
         if self.every_epoch:
-            if self.completed and self.epoch % int(self.every_epoch) == 0:
+            if self.completed and self.epoch % self.every_epoch == 0:
                 self.learn.save(f'{self.fname}_{self.epoch}', self.with_opt)
         elif self.new_best:
             self.learn.save(self.fname, self.with_opt)
-            self.saved = True
 
     def after_fit(self):
+        is_saved = self.best != self.worst and not self.every_epoch
         if self.at_end and not self.failed:
             self.learn.save(self.fname, self.with_opt)
-        elif self.saved and not self.failed and self.start_epoch < self.n_epoch:
+        elif is_saved and not self.failed and self.start_epoch < self.n_epoch:
             self.learn.load(self.fname)
             say(self.learn, f"loaded the best weights: {self.monitor} {self.best:.6f}")
 
@@ -2474,7 +2435,7 @@ class GradientClip(Callback):
         self.max_norm, self.norm_type = max_norm, norm_type
 
     def before_step(self):
-        params = self.model.parameters()
+        params = [p for p, *_ in self.opt.all_params(with_grad=True)]
         nn.utils.clip_grad_norm_(params, self.max_norm, self.norm_type)
 
 class GradientAccumulation(Callback):
@@ -2488,38 +2449,30 @@ class GradientAccumulation(Callback):
         self.n_acc = n_acc
 
     def before_train(self):
-        self.count, self.carried = 0, []
+        self.count, self.sums = 0, {}
 
     def before_backward(self):
         self.learn.loss_grad = self.loss_grad * find_bs(self.yb)    # sums add up
 
-    def after_backward(self):
-        if self.completed:
-            self.count += find_bs(self.yb)
-
     def before_step(self):
-        params = [p for p in self.model.parameters() if p.grad is not None]
-        is_last = self.iter + 1 == self.n_iter
-        if self.count * n_processes() < self.n_acc and not is_last:
-            self.carried = [(p, p.grad) for p in params]
-            raise CancelStepException
+        """Add the gradients to the sums; step with their means if there are enough."""
+        params = [p for p, *_ in self.opt.all_params(with_grad=True)]
+        self.count += find_bs(self.yb) if params else 0
         for p in params:
-            p.grad /= max(1, self.count)
-        self.count = 0
-
-    def after_batch(self):
-        for p, grad in self.carried:
-            p.grad = grad    # the loop has removed it
-        self.carried = []
+            self.sums[p] = p.grad.add_(self.sums.get(p, 0))
+        if self.count * n_processes() < self.n_acc and self.iter + 1 != self.n_iter:
+            raise CancelStepException
+        for p, total in self.sums.items():
+            p.grad = total / self.count
+        self.before_train()    # begin anew
 
     def after_train(self):
-        """Step with what is left: a loader without length does not tell the last batch.
-        """
+        """Step with what is left, as a loader without length hides the last batch."""
         if self.completed and self.count:
             self.learn.n_iter = self.iter + 1
             self.learn._stage('step', self.opt.step, CancelStepException)
             self.learn.completed = True
-        self.opt.zero_grad()
+            self.opt.zero_grad()
 
 class ModelResetter(Callback):
     """Calls `model.reset()` before each pass, as recurrent models need it."""
@@ -2543,13 +2496,11 @@ class RNNRegularizer(Callback):
 
     def after_loss(self):
         if self.training:
-            raw, out = self.raw_out[-1].float(), self.out[-1].float()
-            self.learn.loss = self.loss + self.alpha * out.pow(2).mean()
-            if raw.shape[1] > 1:
-                change = raw[:, 1:] - raw[:, :-1]
-                self.learn.loss = self.loss + self.beta * change.pow(2).mean()
-
-    def after_batch(self):
+            out, change = self.out[-1].float(), self.raw_out[-1].float().diff(dim=1)
+            # a mean, but 0 for a single time step, which has no change
+            change = change.pow(2).sum() / max(1, change.numel())
+            penalty = self.alpha * out.pow(2).mean() + self.beta * change
+            self.learn.loss = self.loss + penalty
         self.raw_out = self.out = None    # they hold the graph
 
 # --------------------------------------------------------------------------------------
