@@ -1348,10 +1348,13 @@ from datetime import timedelta
 import torch.nn.functional as F
 
 def patch(f):
-    """Decorator: makes `f(self: SomeClass, ...)` a method of that class as well."""
-    cls = next(iter(f.__annotations__.values()))
+    """Decorator: makes `f(self: SomeClass, ...)` a method of that class as well.
+
+    If the module already has something of that name, the name stays with it.
+    """
+    cls = next(iter(inspect.get_annotations(f, eval_str=True).values()))
     setattr(cls, f.__name__, f)
-    return f
+    return f.__globals__.get(f.__name__, f)
 
 # --------------------------------------------------------------------------------------
 # 8. Shared by several sections: contexts, random numbers, processes
@@ -1382,8 +1385,7 @@ def restored(learn):
         yield
     finally:
         learn.cbs = kept['_cbs']
-        vars(learn).clear()
-        vars(learn).update(kept)
+        learn.__dict__ = kept
 
 @patch
 @contextmanager
@@ -1394,8 +1396,7 @@ def removed_cbs(self: Learner, cbs):
         yield self
     finally:
         # to their old places, since equal orders run in the order of adding
-        back = [cb for cb in before if cb not in rest or cb in self.cbs]
-        self.cbs = back + [cb for cb in self.cbs if cb not in before]
+        self.cbs = [cb for cb in before if cb not in rest or cb in self.cbs] + self.cbs
 
 @patch
 def no_logging(self: Learner):
@@ -1418,8 +1419,7 @@ def set_seed(s, reproducible=False):
     if 'numpy' in sys.modules:
         sys.modules['numpy'].random.seed(s % 2**32)
     if reproducible:
-        torch.backends.cudnn.deterministic = True
-        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
 
 def rng_state(dls):
     """State of all that draws random numbers, generators of torch loaders included."""
@@ -1451,9 +1451,8 @@ def generators_of(dls):
 
 def n_processes():
     """How many processes train together: the size of torch's group, or 1."""
-    dist = torch.distributed
-    in_group = dist.is_available() and dist.is_initialized()
-    return dist.get_world_size() if in_group else 1
+    in_group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if in_group else 1
 
 def process_rank():
     """Number of this process in its group, from 0; 0 if there is no group."""
