@@ -1092,27 +1092,30 @@ def as_tensors(o):
             tensors[i] = tensors[i].to(torch.get_default_dtype())
     return tensors
 
-def map_tensors(f, b):
+def map_tensors(f, b, *others):
     """Apply `f` to all tensors in nested tuples, lists, dicts and dataclasses.
 
-    All of these keep their type.
+    All of these keep their type. others: structures like `b`; `f` then gets the values
+    at the same place of each, also those that are not tensors.
     """
     if isinstance(b, torch.Tensor):
-        return f(b)
+        return f(b, *others)
     if isinstance(b, (tuple, list)):
-        items = [map_tensors(f, o) for o in b]
+        items = list(map(partial(map_tensors, f), b, *others))
         return type(b)(*items) if hasattr(b, '_fields') else type(b)(items)
     if isinstance(b, Mapping):
         new = copy.copy(b)    # a copy keeps its type
         for k, v in b.items():
-            new[k] = map_tensors(f, v)
+            new[k] = map_tensors(f, v, *[o[k] for o in others])
         return new
     if dataclasses.is_dataclass(b) and not isinstance(b, type):
         new = copy.copy(b)
-        for field in dataclasses.fields(b):    # of `object`, as it may be frozen
-            object.__setattr__(new, field.name, map_tensors(f, getattr(b, field.name)))
+        for field in dataclasses.fields(b):
+            values = [getattr(o, field.name) for o in (b, *others)]
+            # of `object`, as it may be frozen
+            object.__setattr__(new, field.name, map_tensors(f, *values))
         return new
-    return b
+    return f(b, *others) if others else b
 
 def to_device(b, device=None, non_blocking=False):
     """Move every tensor of a batch to `device` (default: `default_device()`)."""
@@ -1692,9 +1695,15 @@ def suggest_lrs(recorder, num_it, funcs):
 
 @patch
 def loss_not_reduced(self: Learner):
-    """Context in which the loss keeps one value per sample (`reduction='none'`)."""
+    """Context in which the loss keeps one value per sample (`reduction='none'`).
+
+    Raises: TypeError for a loss function that has no `reduction`.
+    """
     if hasattr(self.loss_func, 'reduction'):
         return replacing(self.loss_func, 'reduction', 'none')
+    f = getattr(self.loss_func, 'forward', self.loss_func)
+    check({'reduction', 'kwargs'} & {*inspect.signature(f).parameters}, "no loss per "
+          f"sample: {func_name(self.loss_func)} takes no `reduction`", TypeError)
     return replacing(self, 'loss_func', partial(self.loss_func, reduction='none'))
 
 @patch
@@ -1716,12 +1725,15 @@ def validation_context(self: Learner, cbs=None, inner=False):
         for m, mode in modes.items():
             m.training = mode
 
+def find_loader(dls, ds_idx, dl):
+    """`dl`, or loader number `ds_idx` of `dls` if it is None."""
+    found = dl if dl is not None else next(iter(dls.loaders[ds_idx:]), None)
+    check(found is not None, f"there is no loader {ds_idx}: give ds_idx=0, or a `dl`")
+    return found
+
 def run_validation(learn, ds_idx, dl, reorder, cbs):
     """One pass, with its events, over `dl`, or over loader number `ds_idx`."""
-    if dl is None:
-        loaders = learn.dls.loaders[ds_idx:]
-        check(loaders and loaders[0] is not None, f"there is no loader {ds_idx}")
-        dl = loaders[0]
+    dl = find_loader(learn.dls, ds_idx, dl)
     dl = in_order(dl) if reorder else dl
     draws = isinstance(dl, data_tools.DataLoader) and dl.generator is None
     own = replacing(dl, 'generator', OWN_GENERATOR) if draws else nullcontext()
@@ -1731,39 +1743,39 @@ def run_validation(learn, ds_idx, dl, reorder, cbs):
 
 # Loaders of predictions draw from it, not from torch's global generator
 OWN_GENERATOR = torch.Generator()
+KNOWN_SAMPLERS = (data_tools.SequentialSampler, data_tools.RandomSampler,
+                  data_tools.SubsetRandomSampler, data_tools.WeightedRandomSampler)
 
 def in_order(dl, rows=None, drop_last=False, generator=OWN_GENERATOR):
     """A loader of the rows that `dl` draws from, in order, nothing dropped.
 
     rows: a list of ints, to take only these of them. generator: of a torch DataLoader.
-    `dl` itself if it is of a kind that does not tell its rows.
+    `dl` itself if it has a sampler or batches of your own, or is not torch's.
     """
     if isinstance(dl, TensorLoader):
-        tensors = dl.dataset.tensors
-        tensors = tensors if rows is None else [t[rows] for t in tensors]
+        tensors = [t if rows is None else t[rows] for t in dl.dataset.tensors]
         return TensorLoader(*tensors, bs=dl.bs, drop_last=drop_last)
     if getattr(type(dl), '__iter__', None) is not data_tools.DataLoader.__iter__:
         return dl
-    known = (data_tools.SequentialSampler, data_tools.RandomSampler)
-    subset = isinstance(dl.sampler, data_tools.SubsetRandomSampler)
     own_batches = dl.batch_size is None and dl.batch_sampler is not None
-    if own_batches or not (subset or isinstance(dl.sampler, known)):
+    if own_batches or not isinstance(dl.sampler, KNOWN_SAMPLERS):
         return dl
     dataset = dl.dataset
-    for chosen in [dl.sampler.indices if subset else None, rows]:
+    for chosen in (getattr(dl.sampler, 'indices', None), rows):
         dataset = dataset if chosen is None else data_tools.Subset(dataset, chosen)
     names = ('batch_size num_workers collate_fn pin_memory timeout worker_init_fn '
              'multiprocessing_context')
     kwargs = {k: getattr(dl, k) for k in names.split()}
-    kwargs.update(drop_last=drop_last, generator=generator)
-    return data_tools.DataLoader(dataset, **kwargs)
+    return data_tools.DataLoader(dataset, drop_last=drop_last, generator=generator,
+                                 **kwargs)
 
 @patch
 def validate(self: Learner, ds_idx=1, dl=None, cbs=None):
     """`[loss, *metrics]`, plain numbers, of all rows of loader `ds_idx`, or of `dl`."""
     recorder = Recorder()
     metrics = [mk_metric(m) for m in listify(self.metrics)]
-    recorder.valid_mets = [AvgLoss(), *copy.deepcopy(metrics)]
+    kept = {id(o): o for o in (self, *self.cbs)}    # a metric may ask a callback
+    recorder.valid_mets = [AvgLoss(), *copy.deepcopy(metrics, kept)]
     run_validation(self, ds_idx, dl, True, [recorder, *listify(cbs)])
     return recorder.valid_row
 
@@ -1808,16 +1820,8 @@ class GatherPredsCallback(Callback):
             torch.save(b, Path(folder, name))
 
 def concat(parts, dim=0):
-    """Join tensors, or tuples and dicts of them that are nested alike, along `dim`."""
-    if not parts:
-        return None
-    first, kind = parts[0], type(parts[0])
-    if isinstance(first, Mapping):
-        return Keywords({k: concat([part[k] for part in parts], dim) for k in first})
-    if isinstance(first, (tuple, list)):
-        joined = [concat(list(items), dim) for items in zip(*parts)]
-        return kind(*joined) if hasattr(kind, '_fields') else kind(joined)
-    return torch.cat(parts, dim)
+    """Join tensors, or structures of them that are nested alike, along `dim`."""
+    return map_tensors(lambda *ts: torch.cat(ts, dim), *parts) if parts else None
 
 def act_and_decodes(loss_func):
     """Functions from model output to prediction, and from prediction to decision.
@@ -1844,15 +1848,16 @@ def get_preds(self: Learner, ds_idx=1, dl=None, with_input=False, with_decoded=F
     with_input, with_decoded, with_loss: return these as well; losses are (N,).
     act: function applied to predictions; default: what suits the loss function.
     inner: accepted as in fastai; predicting in the middle of a training always works.
-    reorder: all rows in the order of the data set, though the loader shuffles or drops
-      some; False takes the batches of the loader as they come.
+    reorder: all rows in the order of the data set, though the loader shuffles, weighs
+      or drops some; a sampler of your own keeps its rows and order. False takes the
+      batches of the loader as they come.
     save_preds, save_targs: folders to save to, a file per batch; then None is in their
       place. concat_dim: the batch dimension.
     Returns: ([inputs,] preds, targets[, decoded][, losses]); tensors on the CPU.
     """
-    default_act, decodes = act_and_decodes(self.loss_func)
-    act = default_act if act is None else act
-    gather = GatherPredsCallback(act, with_input, with_loss, save_preds, save_targs)
+    own_act, decodes = act_and_decodes(self.loss_func)
+    gather = GatherPredsCallback(act or own_act, with_input, with_loss, save_preds,
+                                 save_targs)
     with self.loss_not_reduced() if with_loss else nullcontext():
         run_validation(self, ds_idx, dl, reorder, [gather, *listify(cbs)])
     preds = concat(gather.preds, concat_dim)
@@ -1878,11 +1883,11 @@ def predict(self: Learner, item, with_input=False):
     Raises: ValueError for a batch, if an item of the training set tells the difference.
     """
     if isinstance(item, Mapping):
-        pairs = ((k, v) for k, v in item.items() if k not in self.dls.targets)
-        inputs = (Keywords({k: torch.as_tensor(v) for k, v in pairs}),)
+        item = {k: v for k, v in item.items() if k not in self.dls.targets}
+        inputs = (Keywords(zip(item, as_tensors([*item.values()]))),)
     else:
         inputs = tuple(as_tensors(item))
-    check_item(self.dls, inputs)
+        check_item(self.dls, inputs[0])
     batch = map_tensors(lambda t: t[None], inputs)
     with replacing(self.dls, 'split', lambda b: (b, ())):    # all of it is input
         pred, _, decoded = self.get_preds(dl=[batch], with_decoded=True)
@@ -1890,19 +1895,16 @@ def predict(self: Learner, item, with_input=False):
     result = (self.dls.decoded(decoded), decoded, pred)
     return (detuplify(inputs), *result) if with_input else result
 
-def check_item(dls, inputs):
-    """Refuse a batch where one item is expected; see `Learner.predict`."""
+def check_item(dls, x):
+    """Refuse a batch `x` where one item is expected; see `Learner.predict`."""
     is_stream = isinstance(dls.train_ds, data_tools.IterableDataset)
     if is_stream or dls.split or not hasattr(dls.train_ds, '__getitem__'):
         return
-    rng, sample = rng_state(dls), dls.train_ds[0]
+    rng, sample = rng_state(dls), first_item(dls.train_ds[0])
     set_rng_state(rng, dls)    # the data set may augment at random
-    if isinstance(sample, Mapping):
-        sample = [sample[k] for k in inputs[0] if k in sample]
-    shape = getattr(first_item(inputs), 'shape', ())
-    own = getattr(first_item(sample), 'shape', shape)    # a list, say, has none
-    check(len(shape) == len(own), f"an item of shape {list(shape)}, but train_ds[0] "
-          f"has {list(own)}; for a batch, use get_preds(dl=[batch])")
+    shape = getattr(sample, 'shape', x.shape)
+    check(len(shape) == x.dim(), f"an item of shape {list(x.shape)}, but train_ds[0] "
+          f"has {list(shape)}; for a batch, use get_preds(dl=[batch])")
 
 @patch
 def tta(self: Learner, ds_idx=1, dl=None, n=4, item_tfms=None, batch_tfms=None,
@@ -2783,8 +2785,10 @@ class DistributedCallback(Callback):
         """Make `sampler`, which shuffles if the loader does, by a seed for all."""
         dl = self.dls.train
         rows = in_order(dl)
-        check(rows is not dl, f"{type(dl).__name__} cannot be split: give a "
-              "TensorLoader, or a DataLoader over a data set with indices", TypeError)
+        weighs = isinstance(getattr(dl, 'sampler', 0), data_tools.WeightedRandomSampler)
+        ok = rows is not dl and not weighs
+        check(ok, f"{type(dl).__name__} cannot be split: give a TensorLoader, or a "
+              "DataLoader over a data set with indices, without weights", TypeError)
         random = (data_tools.RandomSampler, data_tools.SubsetRandomSampler)
         shuffle = getattr(dl, 'shuffle', isinstance(getattr(dl, 'sampler', 0), random))
         seed = self.gather(int(torch.randint(2**31, ())))[0]
@@ -3020,7 +3024,7 @@ def show_results(self: Learner, ds_idx=1, dl=None, max_n=9, shuffle=True, ax=Non
 
     shuffle: any of a batch, not the first ones. For inputs and ax see `show_samples`.
     """
-    batch = next(iter(in_order(self.dls[ds_idx] if dl is None else dl)))
+    batch = next(iter(in_order(find_loader(self.dls, ds_idx, dl))))
     x, _, y, decoded = self.get_preds(dl=[batch], with_input=True, with_decoded=True)
     check(y is not None, "show_results shows targets, and the batches have none")
     rows = list(range(len(decoded)))

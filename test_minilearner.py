@@ -4215,6 +4215,25 @@ def test_predictions_of_many_shapes():
         line_learner(ml.DataLoaders([(x, y)], device='cpu')).validate()
 
 
+def test_get_preds_says_what_a_loss_or_a_loader_lacks():
+    class Own(nn.Module):
+        def forward(self, pred, y): return (pred - y).pow(2).mean()
+    for loss_func in (Own(), lambda pred, y: (pred - y).pow(2).mean()):
+        with pytest.raises(TypeError, match='no loss per sample: .* takes no `reduction`'):
+            line_learner(loss_func=loss_func).get_preds(with_loss=True)
+    learn = line_learner(ml.DataLoaders([line_data(4)], device='cpu'))
+    for ask in (learn.get_preds, learn.validate, learn.show_results):
+        with pytest.raises(ValueError, match='there is no loader 1: give ds_idx=0, or a `dl`'):
+            ask()
+
+
+def test_weights_of_rows_are_for_the_training_alone():
+    x, y = line_data(20)
+    sampler = torch.utils.data.WeightedRandomSampler([0.] * 19 + [1.], 20)
+    assert line_learner().get_preds(dl=DataLoader(TensorDataset(x, y), 4, sampler=sampler))[1].equal(y), \
+        "all rows, in the order of the data set"
+
+
 def test_validate_asks_the_metrics_themselves():
     class Counter(ml.Callback):
         n = 0
@@ -4223,6 +4242,7 @@ def test_validate_asks_the_metrics_themselves():
         def count(self): return self.n
     counter = Counter()
     learn = line_learner(cbs=counter, metrics=ml.ValueMetric(counter.count, 'n'))
+    assert learn.validate()[1] == 2, "the callback itself, not a copy"
     learn.fit(1)
     assert learn.recorder.values[0][2] == 2 and learn.validate()[1] == 2, "a copied callback would count nothing here"
 
@@ -5872,9 +5892,10 @@ def test_each_of_two_processes_trains_on_half_of_the_rows_in_a_new_order(monkeyp
 
 def test_only_rows_with_numbers_can_be_shared_for_training(monkeypatch):
     learn, cb = as_one_of_two(monkeypatch, 0)
-    learn.dls.train = [line_data(2)]
-    with pytest.raises(TypeError, match='list cannot be split'):
-        cb.before_fit()
+    weighted = DataLoader(TensorDataset(*line_data(2)), sampler=torch.utils.data.WeightedRandomSampler([1., 2.], 2))
+    for learn.dls.train in ([line_data(2)], weighted):
+        with pytest.raises(TypeError, match='(list|DataLoader) cannot be split'):
+            cb.before_fit()
 
 
 def test_without_torchrun_it_says_what_to_type():
