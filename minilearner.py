@@ -1382,13 +1382,15 @@ replacing = contextmanager(replacing_yield)
 
 @contextmanager
 def restored(learn):
-    """Context after which the learner's attributes and callbacks are as before."""
-    kept = dict(vars(learn))
+    """Context after which learner, callbacks and modes of the model are as before."""
+    kept, modes = dict(vars(learn)), {m: m.training for m in learn.model.modules()}
     try:
         yield
     finally:
         learn.cbs = kept['_cbs']
         learn.__dict__ = kept
+        for m, mode in modes.items():
+            m.training = mode
 
 @patch
 @contextmanager
@@ -1714,16 +1716,11 @@ def validation_context(self: Learner, cbs=None, inner=False):
     cbs: callbacks for the time being. Those with `only_fit` are removed; nothing is
     printed; the model is on the device of `dls`, in evaluation mode, without gradients.
     """
-    modes = {m: m.training for m in self.model.modules()}
-    try:
-        with restored(self), torch.no_grad():
-            self.cbs = [cb for cb in self.cbs if not cb.only_fit] + listify(cbs)
-            self.logger, self.training = lambda *args: None, False
-            self.model.to(self.dls.device).eval()
-            yield self
-    finally:
-        for m, mode in modes.items():
-            m.training = mode
+    with restored(self), torch.no_grad():
+        self.cbs = [cb for cb in self.cbs if not cb.only_fit] + listify(cbs)
+        self.logger, self.training = lambda *args: None, False
+        self.model.to(self.dls.device).eval()
+        yield self
 
 def find_loader(dls, ds_idx, dl):
     """`dl`, or loader number `ds_idx` of `dls` if it is None."""
