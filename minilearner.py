@@ -1340,7 +1340,6 @@ import inspect
 import io
 import operator
 import os
-import pickle
 import random
 import sys
 import zipfile
@@ -1942,45 +1941,34 @@ def state_dict(self: Optimizer):
 def load_state_dict(self: Optimizer, sd):
     """Take over copies of what `state_dict` gave, on the devices of the parameters.
 
-    Raises: ValueError, before any change, for the state of another optimizer.
+    Raises: ValueError or RuntimeError, before any change, if it does not fit.
     """
     check_fits(self, sd.get('hypers', []), sd.get('state', []))
-    for (p, *_), state in zip(self.all_params(), sd['state']):
-        self.state[p] = map_tensors(lambda t: t.to(p.device, copy=True), state)
+    self.state.update({p: map_tensors(lambda t: t.to(p.device, copy=True), state)
+                       for (p, *_), state in zip(self.all_params(), sd['state'])})
     self.hypers = [dict(hyper) for hyper in sd['hypers']]
 
 def check_fits(opt, hypers, states):
     """Refuse hypers and states, one per group and parameter, of another optimizer.
 
     A tensor of a state may be smaller than its parameter, as one number per row.
+    Raises: ValueError; RuntimeError, naming the sizes, for a tensor of another shape.
     """
-    params = [p for p, *_ in opt.all_params()]
+    params = sum(opt.param_lists, [])
     ok = (len(hypers), len(states)) == (len(opt.hypers), len(params))
-    named = {*getattr(opt, 'hp_map', {}).values()}    # torch's flags change by version
     for own, hyper in zip(opt.hypers, hypers):
-        differ = (own.keys() ^ hyper.keys()) - {'mom', 'wd'}    # which a fit may add
-        ok = ok and not (differ & named if named else differ)
-    for p, state in zip(params, states):
-        for shape in [t.shape for t in state.values() if isinstance(t, torch.Tensor)]:
-            sizes = zip(reversed(shape), reversed(p.shape))
-            ok = ok and len(shape) <= p.dim() and all(n in (1, m) for n, m in sizes)
+        # a fit may add others, and torch's flags change by version
+        ok = ok and (own.keys() ^ hyper.keys()).isdisjoint({'lr', 'sqr_mom', 'eps'})
     check(ok, "the state of another optimizer; to leave it out, say with_opt=False")
+    for p, state in zip(params, states):
+        map_tensors(lambda t: t.expand_as(p), {**state})
 
 def bare_state(model):
     """State dict of `model` under the keys that it has if no part of it is wrapped."""
-    state = model.state_dict()
-    return {bare: state[name] for bare, name in bare_names(model, state).items()}
-
-def bare_names(model, names):
-    """`{bare key: key}` for the keys `names` of `model`, with the marks of wrappers."""
-    prefix = ''
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model, prefix = model.module, f'{prefix}module.'
-        elif hasattr(model, '_orig_mod'):
-            model, prefix = model._orig_mod, f'{prefix}_orig_mod.'
-        else:
-            return {k.removeprefix(prefix).replace('_orig_mod.', ''): k for k in names}
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while isinstance(model, parallel) or hasattr(model, '_orig_mod'):
+        model = model.module if isinstance(model, parallel) else model._orig_mod
+    return {k.replace('_orig_mod.', ''): v for k, v in model.state_dict().items()}
 
 def save_model(file, model, opt, with_opt=True, pickle_protocol=2):
     """Write the state dict of `model` and, if given and `with_opt`, that of `opt`.
@@ -2035,7 +2023,8 @@ def load_model(file, model, opt, with_opt=None, device=None, strict=True):
     with_opt: whether to load the optimizer; None: if it is in the file.
     device: where the file is read to on the way; default: the CPU.
     strict: the file must have all keys of the model, and no others; False loads what
-      fits by name and shape, and warns of what it leaves out.
+      fits by name and shape, and warns of what it leaves out. So it does with an
+      optimizer, unless `with_opt` demands it.
     Raises: OSError; ValueError, naming the file and the keys, if it is damaged or does
     not fit. Then nothing has changed.
     """
@@ -2047,31 +2036,29 @@ def put_state(file, state, model, opt, with_opt=None, strict=True):
     both = isinstance(state, dict) and state.keys() >= {'model', 'opt'}
     weights, opt_state = (state['model'], state['opt']) if both else (state, None)
     check(isinstance(weights, dict), f"{file} holds no state dict of a model")
-    own = model.state_dict()
-    names = bare_names(model, own)
-    own = {k: own[name] for k, name in names.items()}
+    own = bare_state(model)
     weights = {str(k).replace('_orig_mod.', ''): v for k, v in weights.items()}
-    marked = all(k.startswith('module.') for k in weights)
-    if marked and not own.keys() >= weights.keys():    # of a wrapped model, by others
-        weights = {k.removeprefix('module.'): v for k, v in weights.items()}
     fit = {k: v for k, v in weights.items() if k in own and kind(v) == kind(own[k])}
-    misfits = ', '.join(sorted((own.keys() | weights.keys()) - fit.keys()))
-    check(not strict or not misfits, f"{file} does not fit the model in {misfits}")
+    misfits = {'missing': own.keys() - weights.keys(),
+               'too many': weights.keys() - own.keys(),
+               'of another shape': (own.keys() & weights.keys()) - fit.keys()}
+    text = '; '.join(f'{k}: {sorted(keys)}' for k, keys in misfits.items() if keys)
+    check(not strict or not text, f"{file} does not fit the model, {text}")
     check(not with_opt or opt_state, f"with_opt=True, but {file} has no optimizer")
     if opt is not None and opt_state and with_opt is not False:
         try:
             opt.load_state_dict(opt_state)
         except Exception as e:
-            raise ValueError(f"{file}: its optimizer does not fit, {e}") from e
-    if misfits:
-        warnings.warn(f"not loaded from {file}: {misfits}")
+            check(not (strict or with_opt), f"{file}: its optimizer does not fit, {e}")
+            warnings.warn(f"not loaded from {file}: the optimizer, {e}")
+    if text:
+        warnings.warn(f"not loaded from {file}: {text}")
+    names = dict(zip(own, model.state_dict()))    # with the marks of its wrappers
     model.load_state_dict({names[k]: v for k, v in fit.items()}, strict=False)
 
 def kind(v):
     """What has to be equal for a value of a state dict to replace another."""
-    if isinstance(v, torch.Tensor):
-        return v.shape, v.layout, v.is_meta
-    return type(v)
+    return [getattr(v, name, type(v)) for name in ('shape', 'layout', 'is_meta')]
 
 @patch
 def model_file(self: Learner, file):
@@ -2101,19 +2088,16 @@ def export(self: Learner, fname='export.pkl', pickle_protocol=2):
 
     For `load_learner`. Of functions and classes only the names are saved: where it is
     loaded, these must be there to import.
-    Raises: ValueError for what has no such name, as a lambda or a local class.
+    Raises: what pickle does for a thing without such a name, as a lambda.
     """
     file = self.path / fname
-    try:
-        with restored(self):
-            self.dls, self.opt, self.logger = copy.copy(self.dls), None, print
-            no_data = dict(train=[], valid=None, train_ds=None, valid_ds=None)
-            vars(self.dls).update(no_data, loaders=[[]])
-            self._forget_batch()
-            self.cbs = [cb for cb in self.cbs if cb.name != 'distributed']
-            save_state(self, file, pickle_protocol)
-    except (pickle.PicklingError, AttributeError, TypeError) as e:
-        raise ValueError(f"cannot export, {e}: define it at the top of a module") from e
+    with restored(self):
+        self.dls, self.opt, self.logger = copy.copy(self.dls), None, print
+        no_data = dict(train=[], valid=None, train_ds=None, valid_ds=None)
+        vars(self.dls).update(no_data, loaders=[[]])
+        self._forget_batch()
+        self.cbs = [cb for cb in self.cbs if cb.name != 'distributed']
+        save_state(self, file, pickle_protocol)
     return file
 
 def load_learner(fname, cpu=True):
@@ -2314,7 +2298,7 @@ class OptimWrapper(Optimizer):
         return self.opt.state_dict()
 
     def load_state_dict(self, sd):
-        """Load what `state_dict` gave. Raises: ValueError if it does not fit."""
+        """Load what `state_dict` gave. Raises: see `check_fits`."""
         groups = [self._named(group) for group in sd.get('param_groups', [])]
         states, n_params = sd.get('state', {}), len(self.all_params())
         check_fits(self, groups, [states.get(i, {}) for i in range(n_params)])
