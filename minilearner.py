@@ -1739,6 +1739,7 @@ def run_validation(learn, ds_idx, dl, reorder, cbs):
 
 # Loaders of predictions draw from it, not from torch's global generator
 OWN_GENERATOR = torch.Generator()
+# A DataLoader with one of these may draw all rows, or all `indices` of its sampler
 KNOWN_SAMPLERS = (data_tools.SequentialSampler, data_tools.RandomSampler,
                   data_tools.SubsetRandomSampler, data_tools.WeightedRandomSampler)
 
@@ -1746,7 +1747,7 @@ def in_order(dl, rows=None, drop_last=False, generator=OWN_GENERATOR):
     """A loader of the rows that `dl` draws from, in order, nothing dropped.
 
     rows: a list of ints, to take only these of them. generator: of a torch DataLoader.
-    `dl` itself if it has a sampler or batches of your own, or is not torch's.
+    Loaders of other kinds, or with a sampler or batches of your own, stay as they are.
     """
     if isinstance(dl, TensorLoader):
         tensors = [t if rows is None else t[rows] for t in dl.dataset.tensors]
@@ -1812,8 +1813,7 @@ class GatherPredsCallback(Callback):
             kept.append(b)
         elif process_rank() == 0 or 'distributed' in vars(self.learn):
             Path(folder).mkdir(parents=True, exist_ok=True)
-            name = f'{process_rank():03}_{self.learn.iter:05}.pt'
-            torch.save(b, Path(folder, name))
+            torch.save(b, Path(folder, f'{process_rank():03}_{self.learn.iter:05}.pt'))
 
 def concat(parts, dim=0):
     """Join tensors, or structures of them that are nested alike, along `dim`."""
@@ -1876,7 +1876,7 @@ def predict(self: Learner, item, with_input=False):
 
     Returns: ([input,] what a person reads, by `vocab` or `decode` of the DataLoaders;
     the decoded prediction; the prediction).
-    Raises: ValueError for a batch, if an item of the training set tells the difference.
+    Raises: ValueError for a tensor with other dimensions than `train_ds[0]`, as a batch.
     """
     if isinstance(item, Mapping):
         item = {k: v for k, v in item.items() if k not in self.dls.targets}
