@@ -1752,10 +1752,9 @@ def in_order(dl, rows=None, drop_last=False, generator=OWN_GENERATOR):
     if isinstance(dl, TensorLoader):
         tensors = [t if rows is None else t[rows] for t in dl.dataset.tensors]
         return TensorLoader(*tensors, bs=dl.bs, drop_last=drop_last)
-    if getattr(type(dl), '__iter__', None) is not data_tools.DataLoader.__iter__:
-        return dl
-    own_batches = dl.batch_size is None and dl.batch_sampler is not None
-    if own_batches or not isinstance(dl.sampler, KNOWN_SAMPLERS):
+    plain = getattr(type(dl), '__iter__', None) is data_tools.DataLoader.__iter__
+    own_batches = plain and dl.batch_size is None and dl.batch_sampler is not None
+    if not plain or own_batches or not isinstance(dl.sampler, KNOWN_SAMPLERS):
         return dl
     dataset = dl.dataset
     for chosen in (getattr(dl.sampler, 'indices', None), rows):
@@ -1876,7 +1875,7 @@ def predict(self: Learner, item, with_input=False):
 
     Returns: ([input,] what a person reads, by `vocab` or `decode` of the DataLoaders;
     the decoded prediction; the prediction).
-    Raises: ValueError for a tensor with other dimensions than `train_ds[0]`, as a batch.
+    Raises: ValueError for a tensor of other dimensions than in `train_ds[0]`, a batch.
     """
     if isinstance(item, Mapping):
         item = {k: v for k, v in item.items() if k not in self.dls.targets}
@@ -1941,7 +1940,7 @@ def state_dict(self: Optimizer):
 def load_state_dict(self: Optimizer, sd):
     """Take over copies of what `state_dict` gave, on the devices of the parameters.
 
-    Raises: ValueError or RuntimeError, before any change, if it does not fit.
+    Raises: ValueError, before any change, for the state of another optimizer.
     """
     check_fits(self, sd.get('hypers', []), sd.get('state', []))
     self.state.update({p: map_tensors(lambda t: t.to(p.device, copy=True), state)
@@ -1952,16 +1951,17 @@ def check_fits(opt, hypers, states):
     """Refuse hypers and states, one per group and parameter, of another optimizer.
 
     A tensor of a state may be smaller than its parameter, as one number per row.
-    Raises: ValueError; RuntimeError, naming the sizes, for a tensor of another shape.
     """
     params = sum(opt.param_lists, [])
     ok = (len(hypers), len(states)) == (len(opt.hypers), len(params))
     for own, hyper in zip(opt.hypers, hypers):
         # a fit may add others, and torch's flags change by version
         ok = ok and (own.keys() ^ hyper.keys()).isdisjoint({'lr', 'sqr_mom', 'eps'})
-    check(ok, "the state of another optimizer; to leave it out, say with_opt=False")
     for p, state in zip(params, states):
-        map_tensors(lambda t: t.expand_as(p), {**state})
+        for shape in [t.shape for t in state.values() if isinstance(t, torch.Tensor)]:
+            sizes = zip(reversed(shape), reversed(p.shape))
+            ok = ok and len(shape) <= p.dim() and all(n in (1, m) for n, m in sizes)
+    check(ok, "the state of another optimizer; to leave it out, say with_opt=False")
 
 def bare_state(model):
     """State dict of `model` under the keys that it has if no part of it is wrapped."""
@@ -2298,7 +2298,7 @@ class OptimWrapper(Optimizer):
         return self.opt.state_dict()
 
     def load_state_dict(self, sd):
-        """Load what `state_dict` gave. Raises: see `check_fits`."""
+        """Load what `state_dict` gave. Raises: ValueError if it does not fit."""
         groups = [self._named(group) for group in sd.get('param_groups', [])]
         states, n_params = sd.get('state', {}), len(self.all_params())
         check_fits(self, groups, [states.get(i, {}) for i in range(n_params)])
