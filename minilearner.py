@@ -1092,27 +1092,30 @@ def as_tensors(o):
             tensors[i] = tensors[i].to(torch.get_default_dtype())
     return tensors
 
-def map_tensors(f, b):
+def map_tensors(f, b, *others):
     """Apply `f` to all tensors in nested tuples, lists, dicts and dataclasses.
 
-    All of these keep their type.
+    All of these keep their type. others: structures like `b`; `f` then gets the values
+    at the same place of each, also those that are not tensors.
     """
     if isinstance(b, torch.Tensor):
-        return f(b)
+        return f(b, *others)
     if isinstance(b, (tuple, list)):
-        items = [map_tensors(f, o) for o in b]
+        items = list(map(partial(map_tensors, f), b, *others))
         return type(b)(*items) if hasattr(b, '_fields') else type(b)(items)
     if isinstance(b, Mapping):
         new = copy.copy(b)    # a copy keeps its type
         for k, v in b.items():
-            new[k] = map_tensors(f, v)
+            new[k] = map_tensors(f, v, *[o[k] for o in others])
         return new
     if dataclasses.is_dataclass(b) and not isinstance(b, type):
         new = copy.copy(b)
-        for field in dataclasses.fields(b):    # of `object`, as it may be frozen
-            object.__setattr__(new, field.name, map_tensors(f, getattr(b, field.name)))
+        for field in dataclasses.fields(b):
+            values = [getattr(o, field.name) for o in (b, *others)]
+            # of `object`, as it may be frozen
+            object.__setattr__(new, field.name, map_tensors(f, *values))
         return new
-    return b
+    return f(b, *others) if others else b
 
 def to_device(b, device=None, non_blocking=False):
     """Move every tensor of a batch to `device` (default: `default_device()`)."""
@@ -1337,7 +1340,6 @@ import gc
 import inspect
 import operator
 import os
-import pickle
 import random
 import sys
 import zipfile
@@ -1348,10 +1350,13 @@ from datetime import timedelta
 import torch.nn.functional as F
 
 def patch(f):
-    """Decorator: makes `f(self: SomeClass, ...)` a method of that class as well."""
-    cls = next(iter(f.__annotations__.values()))
+    """Decorator: makes `f(self: SomeClass, ...)` a method of that class as well.
+
+    If the module already has something of that name, the name stays with it.
+    """
+    cls = next(iter(inspect.get_annotations(f, eval_str=True).values()))
     setattr(cls, f.__name__, f)
-    return f
+    return f.__globals__.get(f.__name__, f)
 
 # --------------------------------------------------------------------------------------
 # 8. Shared by several sections: contexts, random numbers, processes
@@ -1376,14 +1381,15 @@ replacing = contextmanager(replacing_yield)
 
 @contextmanager
 def restored(learn):
-    """Context after which the learner's attributes and callbacks are as before."""
-    kept = dict(vars(learn))
+    """Context after which learner, callbacks and modes of the model are as before."""
+    kept, modes = dict(vars(learn)), {m: m.training for m in learn.model.modules()}
     try:
         yield
     finally:
         learn.cbs = kept['_cbs']
-        vars(learn).clear()
-        vars(learn).update(kept)
+        learn.__dict__ = kept
+        for m, mode in modes.items():
+            m.training = mode
 
 @patch
 @contextmanager
@@ -1394,8 +1400,7 @@ def removed_cbs(self: Learner, cbs):
         yield self
     finally:
         # to their old places, since equal orders run in the order of adding
-        back = [cb for cb in before if cb not in rest or cb in self.cbs]
-        self.cbs = back + [cb for cb in self.cbs if cb not in before]
+        self.cbs = [cb for cb in before if cb not in rest or cb in self.cbs] + self.cbs
 
 @patch
 def no_logging(self: Learner):
@@ -1418,8 +1423,7 @@ def set_seed(s, reproducible=False):
     if 'numpy' in sys.modules:
         sys.modules['numpy'].random.seed(s % 2**32)
     if reproducible:
-        torch.backends.cudnn.deterministic = True
-        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
 
 def rng_state(dls):
     """State of all that draws random numbers, generators of torch loaders included."""
@@ -1451,9 +1455,8 @@ def generators_of(dls):
 
 def n_processes():
     """How many processes train together: the size of torch's group, or 1."""
-    dist = torch.distributed
-    in_group = dist.is_available() and dist.is_initialized()
-    return dist.get_world_size() if in_group else 1
+    in_group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if in_group else 1
 
 def process_rank():
     """Number of this process in its group, from 0; 0 if there is no group."""
@@ -1682,9 +1685,15 @@ def suggest_lrs(recorder, num_it, funcs):
 
 @patch
 def loss_not_reduced(self: Learner):
-    """Context in which the loss keeps one value per sample (`reduction='none'`)."""
+    """Context in which the loss keeps one value per sample (`reduction='none'`).
+
+    Raises: TypeError for a loss function that has no `reduction`.
+    """
     if hasattr(self.loss_func, 'reduction'):
         return replacing(self.loss_func, 'reduction', 'none')
+    f = getattr(self.loss_func, 'forward', self.loss_func)
+    check({'reduction', 'kwargs'} & {*inspect.signature(f).parameters}, "no loss per "
+          f"sample: {func_name(self.loss_func)} takes no `reduction`", TypeError)
     return replacing(self, 'loss_func', partial(self.loss_func, reduction='none'))
 
 @patch
@@ -1695,23 +1704,21 @@ def validation_context(self: Learner, cbs=None, inner=False):
     cbs: callbacks for the time being. Those with `only_fit` are removed; nothing is
     printed; the model is on the device of `dls`, in evaluation mode, without gradients.
     """
-    modes = {m: m.training for m in self.model.modules()}
-    try:
-        with restored(self), torch.no_grad():
-            self.cbs = [cb for cb in self.cbs if not cb.only_fit] + listify(cbs)
-            self.logger, self.training = lambda *args: None, False
-            self.model.to(self.dls.device).eval()
-            yield self
-    finally:
-        for m, mode in modes.items():
-            m.training = mode
+    with restored(self), torch.no_grad():
+        self.cbs = [cb for cb in self.cbs if not cb.only_fit] + listify(cbs)
+        self.logger, self.training = lambda *args: None, False
+        self.model.to(self.dls.device).eval()
+        yield self
+
+def find_loader(dls, ds_idx, dl):
+    """`dl`, or loader number `ds_idx` of `dls` if it is None."""
+    found = dl if dl is not None else next(iter(dls.loaders[ds_idx:]), None)
+    check(found is not None, f"there is no loader {ds_idx}: give ds_idx=0, or a `dl`")
+    return found
 
 def run_validation(learn, ds_idx, dl, reorder, cbs):
     """One pass, with its events, over `dl`, or over loader number `ds_idx`."""
-    if dl is None:
-        loaders = learn.dls.loaders[ds_idx:]
-        check(loaders and loaders[0] is not None, f"there is no loader {ds_idx}")
-        dl = loaders[0]
+    dl = find_loader(learn.dls, ds_idx, dl)
     dl = in_order(dl) if reorder else dl
     draws = isinstance(dl, data_tools.DataLoader) and dl.generator is None
     own = replacing(dl, 'generator', OWN_GENERATOR) if draws else nullcontext()
@@ -1721,39 +1728,39 @@ def run_validation(learn, ds_idx, dl, reorder, cbs):
 
 # Loaders of predictions draw from it, not from torch's global generator
 OWN_GENERATOR = torch.Generator()
+# A DataLoader with one of these may draw all rows, or all `indices` of its sampler
+KNOWN_SAMPLERS = (data_tools.SequentialSampler, data_tools.RandomSampler,
+                  data_tools.SubsetRandomSampler, data_tools.WeightedRandomSampler)
 
 def in_order(dl, rows=None, drop_last=False, generator=OWN_GENERATOR):
     """A loader of the rows that `dl` draws from, in order, nothing dropped.
 
     rows: a list of ints, to take only these of them. generator: of a torch DataLoader.
-    `dl` itself if it is of a kind that does not tell its rows.
+    Loaders of other kinds, or with a sampler or batches of your own, stay as they are.
     """
     if isinstance(dl, TensorLoader):
-        tensors = dl.dataset.tensors
-        tensors = tensors if rows is None else [t[rows] for t in tensors]
+        tensors = [t if rows is None else t[rows] for t in dl.dataset.tensors]
         return TensorLoader(*tensors, bs=dl.bs, drop_last=drop_last)
-    if getattr(type(dl), '__iter__', None) is not data_tools.DataLoader.__iter__:
-        return dl
-    known = (data_tools.SequentialSampler, data_tools.RandomSampler)
-    subset = isinstance(dl.sampler, data_tools.SubsetRandomSampler)
-    own_batches = dl.batch_size is None and dl.batch_sampler is not None
-    if own_batches or not (subset or isinstance(dl.sampler, known)):
+    plain = getattr(type(dl), '__iter__', None) is data_tools.DataLoader.__iter__
+    own_batches = plain and dl.batch_size is None and dl.batch_sampler is not None
+    if not plain or own_batches or not isinstance(dl.sampler, KNOWN_SAMPLERS):
         return dl
     dataset = dl.dataset
-    for chosen in [dl.sampler.indices if subset else None, rows]:
+    for chosen in (getattr(dl.sampler, 'indices', None), rows):
         dataset = dataset if chosen is None else data_tools.Subset(dataset, chosen)
     names = ('batch_size num_workers collate_fn pin_memory timeout worker_init_fn '
              'multiprocessing_context')
     kwargs = {k: getattr(dl, k) for k in names.split()}
-    kwargs.update(drop_last=drop_last, generator=generator)
-    return data_tools.DataLoader(dataset, **kwargs)
+    return data_tools.DataLoader(dataset, drop_last=drop_last, generator=generator,
+                                 **kwargs)
 
 @patch
 def validate(self: Learner, ds_idx=1, dl=None, cbs=None):
     """`[loss, *metrics]`, plain numbers, of all rows of loader `ds_idx`, or of `dl`."""
     recorder = Recorder()
     metrics = [mk_metric(m) for m in listify(self.metrics)]
-    recorder.valid_mets = [AvgLoss(), *copy.deepcopy(metrics)]
+    kept = {id(o): o for o in (self, *self.cbs)}    # a metric may ask a callback
+    recorder.valid_mets = [AvgLoss(), *copy.deepcopy(metrics, kept)]
     run_validation(self, ds_idx, dl, True, [recorder, *listify(cbs)])
     return recorder.valid_row
 
@@ -1794,20 +1801,11 @@ class GatherPredsCallback(Callback):
             kept.append(b)
         elif process_rank() == 0 or 'distributed' in vars(self.learn):
             Path(folder).mkdir(parents=True, exist_ok=True)
-            name = f'{process_rank():03}_{self.learn.iter:05}.pt'
-            torch.save(b, Path(folder, name))
+            torch.save(b, Path(folder, f'{process_rank():03}_{self.learn.iter:05}.pt'))
 
 def concat(parts, dim=0):
-    """Join tensors, or tuples and dicts of them that are nested alike, along `dim`."""
-    if not parts:
-        return None
-    first, kind = parts[0], type(parts[0])
-    if isinstance(first, Mapping):
-        return Keywords({k: concat([part[k] for part in parts], dim) for k in first})
-    if isinstance(first, (tuple, list)):
-        joined = [concat(list(items), dim) for items in zip(*parts)]
-        return kind(*joined) if hasattr(kind, '_fields') else kind(joined)
-    return torch.cat(parts, dim)
+    """Join tensors, or structures of them that are nested alike, along `dim`."""
+    return map_tensors(lambda *ts: torch.cat(ts, dim), *parts) if parts else None
 
 def act_and_decodes(loss_func):
     """Functions from model output to prediction, and from prediction to decision.
@@ -1834,15 +1832,16 @@ def get_preds(self: Learner, ds_idx=1, dl=None, with_input=False, with_decoded=F
     with_input, with_decoded, with_loss: return these as well; losses are (N,).
     act: function applied to predictions; default: what suits the loss function.
     inner: accepted as in fastai; predicting in the middle of a training always works.
-    reorder: all rows in the order of the data set, though the loader shuffles or drops
-      some; False takes the batches of the loader as they come.
+    reorder: all rows in the order of the data set, though the loader shuffles, weighs
+      or drops some; a sampler of your own keeps its rows and order. False takes the
+      batches of the loader as they come.
     save_preds, save_targs: folders to save to, a file per batch; then None is in their
       place. concat_dim: the batch dimension.
     Returns: ([inputs,] preds, targets[, decoded][, losses]); tensors on the CPU.
     """
-    default_act, decodes = act_and_decodes(self.loss_func)
-    act = default_act if act is None else act
-    gather = GatherPredsCallback(act, with_input, with_loss, save_preds, save_targs)
+    own_act, decodes = act_and_decodes(self.loss_func)
+    gather = GatherPredsCallback(act or own_act, with_input, with_loss, save_preds,
+                                 save_targs)
     with self.loss_not_reduced() if with_loss else nullcontext():
         run_validation(self, ds_idx, dl, reorder, [gather, *listify(cbs)])
     preds = concat(gather.preds, concat_dim)
@@ -1865,14 +1864,14 @@ def predict(self: Learner, item, with_input=False):
 
     Returns: ([input,] what a person reads, by `vocab` or `decode` of the DataLoaders;
     the decoded prediction; the prediction).
-    Raises: ValueError for a batch, if an item of the training set tells the difference.
+    Raises: ValueError for a tensor of other dimensions than in `train_ds[0]`, a batch.
     """
     if isinstance(item, Mapping):
-        pairs = ((k, v) for k, v in item.items() if k not in self.dls.targets)
-        inputs = (Keywords({k: torch.as_tensor(v) for k, v in pairs}),)
+        item = {k: v for k, v in item.items() if k not in self.dls.targets}
+        inputs = (Keywords(zip(item, as_tensors([*item.values()]))),)
     else:
         inputs = tuple(as_tensors(item))
-    check_item(self.dls, inputs)
+        check_item(self.dls, inputs[0])
     batch = map_tensors(lambda t: t[None], inputs)
     with replacing(self.dls, 'split', lambda b: (b, ())):    # all of it is input
         pred, _, decoded = self.get_preds(dl=[batch], with_decoded=True)
@@ -1880,19 +1879,16 @@ def predict(self: Learner, item, with_input=False):
     result = (self.dls.decoded(decoded), decoded, pred)
     return (detuplify(inputs), *result) if with_input else result
 
-def check_item(dls, inputs):
-    """Refuse a batch where one item is expected; see `Learner.predict`."""
+def check_item(dls, x):
+    """Refuse a batch `x` where one item is expected; see `Learner.predict`."""
     is_stream = isinstance(dls.train_ds, data_tools.IterableDataset)
     if is_stream or dls.split or not hasattr(dls.train_ds, '__getitem__'):
         return
-    rng, sample = rng_state(dls), dls.train_ds[0]
+    rng, sample = rng_state(dls), first_item(dls.train_ds[0])
     set_rng_state(rng, dls)    # the data set may augment at random
-    if isinstance(sample, Mapping):
-        sample = [sample[k] for k in inputs[0] if k in sample]
-    shape = getattr(first_item(inputs), 'shape', ())
-    own = getattr(first_item(sample), 'shape', shape)    # a list, say, has none
-    check(len(shape) == len(own), f"an item of shape {list(shape)}, but train_ds[0] "
-          f"has {list(own)}; for a batch, use get_preds(dl=[batch])")
+    shape = getattr(sample, 'shape', x.shape)
+    check(len(shape) == x.dim(), f"an item of shape {list(x.shape)}, but train_ds[0] "
+          f"has {list(shape)}; for a batch, use get_preds(dl=[batch])")
 
 @patch
 def tta(self: Learner, ds_idx=1, dl=None, n=4, item_tfms=None, batch_tfms=None,
@@ -1936,8 +1932,8 @@ def load_state_dict(self: Optimizer, sd):
     Raises: ValueError, before any change, for the state of another optimizer.
     """
     check_fits(self, sd.get('hypers', []), sd.get('state', []))
-    for (p, *_), state in zip(self.all_params(), sd['state']):
-        self.state[p] = map_tensors(lambda t: t.to(p.device, copy=True), state)
+    self.state.update({p: map_tensors(lambda t: t.to(p.device, copy=True), state)
+                       for (p, *_), state in zip(self.all_params(), sd['state'])})
     self.hypers = [dict(hyper) for hyper in sd['hypers']]
 
 def check_fits(opt, hypers, states):
@@ -1945,12 +1941,11 @@ def check_fits(opt, hypers, states):
 
     A tensor of a state may be smaller than its parameter, as one number per row.
     """
-    params = [p for p, *_ in opt.all_params()]
+    params = sum(opt.param_lists, [])
     ok = (len(hypers), len(states)) == (len(opt.hypers), len(params))
-    named = {*getattr(opt, 'hp_map', {}).values()}    # torch's flags change by version
     for own, hyper in zip(opt.hypers, hypers):
-        differ = (own.keys() ^ hyper.keys()) - {'mom', 'wd'}    # which a fit may add
-        ok = ok and not (differ & named if named else differ)
+        # a fit may add others, and torch's flags change by version
+        ok = ok and (own.keys() ^ hyper.keys()).isdisjoint({'lr', 'sqr_mom', 'eps'})
     for p, state in zip(params, states):
         for shape in [t.shape for t in state.values() if isinstance(t, torch.Tensor)]:
             sizes = zip(reversed(shape), reversed(p.shape))
@@ -1959,19 +1954,10 @@ def check_fits(opt, hypers, states):
 
 def bare_state(model):
     """State dict of `model` under the keys that it has if no part of it is wrapped."""
-    state = model.state_dict()
-    return {bare: state[name] for bare, name in bare_names(model, state).items()}
-
-def bare_names(model, names):
-    """`{bare key: key}` for the keys `names` of `model`, with the marks of wrappers."""
-    prefix = ''
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model, prefix = model.module, f'{prefix}module.'
-        elif hasattr(model, '_orig_mod'):
-            model, prefix = model._orig_mod, f'{prefix}_orig_mod.'
-        else:
-            return {k.removeprefix(prefix).replace('_orig_mod.', ''): k for k in names}
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while isinstance(model, parallel) or hasattr(model, '_orig_mod'):
+        model = model.module if isinstance(model, parallel) else model._orig_mod
+    return {k.replace('_orig_mod.', ''): v for k, v in model.state_dict().items()}
 
 def save_model(file, model, opt, with_opt=True, pickle_protocol=2):
     """Write the state dict of `model` and, if given and `with_opt`, that of `opt`.
@@ -2026,7 +2012,8 @@ def load_model(file, model, opt, with_opt=None, device=None, strict=True):
     with_opt: whether to load the optimizer; None: if it is in the file.
     device: where the file is read to on the way; default: the CPU.
     strict: the file must have all keys of the model, and no others; False loads what
-      fits by name and shape, and warns of what it leaves out.
+      fits by name and shape, and warns of what it leaves out. So it does with an
+      optimizer, unless `with_opt` demands it.
     Raises: OSError; ValueError, naming the file and the keys, if it is damaged or does
     not fit. Then nothing has changed.
     """
@@ -2038,31 +2025,29 @@ def put_state(file, state, model, opt, with_opt=None, strict=True):
     both = isinstance(state, dict) and state.keys() >= {'model', 'opt'}
     weights, opt_state = (state['model'], state['opt']) if both else (state, None)
     check(isinstance(weights, dict), f"{file} holds no state dict of a model")
-    own = model.state_dict()
-    names = bare_names(model, own)
-    own = {k: own[name] for k, name in names.items()}
+    own = bare_state(model)
     weights = {str(k).replace('_orig_mod.', ''): v for k, v in weights.items()}
-    marked = all(k.startswith('module.') for k in weights)
-    if marked and not own.keys() >= weights.keys():    # of a wrapped model, by others
-        weights = {k.removeprefix('module.'): v for k, v in weights.items()}
     fit = {k: v for k, v in weights.items() if k in own and kind(v) == kind(own[k])}
-    misfits = ', '.join(sorted((own.keys() | weights.keys()) - fit.keys()))
-    check(not strict or not misfits, f"{file} does not fit the model in {misfits}")
+    misfits = {'missing': own.keys() - weights.keys(),
+               'too many': weights.keys() - own.keys(),
+               'of another shape': (own.keys() & weights.keys()) - fit.keys()}
+    text = '; '.join(f'{k}: {sorted(keys)}' for k, keys in misfits.items() if keys)
+    check(not strict or not text, f"{file} does not fit the model, {text}")
     check(not with_opt or opt_state, f"with_opt=True, but {file} has no optimizer")
     if opt is not None and opt_state and with_opt is not False:
         try:
             opt.load_state_dict(opt_state)
         except Exception as e:
-            raise ValueError(f"{file}: its optimizer does not fit, {e}") from e
-    if misfits:
-        warnings.warn(f"not loaded from {file}: {misfits}")
+            check(not (strict or with_opt), f"{file}: its optimizer does not fit, {e}")
+            warnings.warn(f"not loaded from {file}: the optimizer, {e}")
+    if text:
+        warnings.warn(f"not loaded from {file}: {text}")
+    names = dict(zip(own, model.state_dict()))    # with the marks of its wrappers
     model.load_state_dict({names[k]: v for k, v in fit.items()}, strict=False)
 
 def kind(v):
     """What has to be equal for a value of a state dict to replace another."""
-    if isinstance(v, torch.Tensor):
-        return v.shape, v.layout, v.is_meta
-    return type(v)
+    return [getattr(v, name, type(v)) for name in ('shape', 'layout', 'is_meta')]
 
 @patch
 def model_file(self: Learner, file):
@@ -2092,18 +2077,15 @@ def export(self: Learner, fname='export.pkl', pickle_protocol=2):
 
     For `load_learner`. Of functions and classes only the names are saved: where it is
     loaded, these must be there to import.
-    Raises: ValueError for what has no such name, as a lambda or a local class.
+    Raises: PicklingError or AttributeError for what has no such name, as a lambda.
     """
     file = self.path / fname
-    try:
-        with restored(self):
-            self.dls, self.opt, self.logger = copy.copy(self.dls), None, print
-            vars(self.dls).update(train=[], valid=None, others=())
-            self._forget_batch()
-            self.cbs = [cb for cb in self.cbs if cb.name != 'distributed']
-            save_state(self, file, pickle_protocol)
-    except (pickle.PicklingError, AttributeError, TypeError) as e:
-        raise ValueError(f"cannot export, {e}: define it at the top of a module") from e
+    with restored(self):
+        self.dls, self.opt, self.logger = copy.copy(self.dls), None, print
+        vars(self.dls).update(train=[], valid=None, others=())
+        self._forget_batch()
+        self.cbs = [cb for cb in self.cbs if cb.name != 'distributed']
+        save_state(self, file, pickle_protocol)
     return file
 
 def load_learner(fname, cpu=True):
@@ -2707,8 +2689,10 @@ class DistributedCallback(Callback):
         """Make `sampler`, which shuffles if the loader does, by a seed for all."""
         dl = self.dls.train
         rows = in_order(dl)
-        check(rows is not dl, f"{type(dl).__name__} cannot be split: give a "
-              "TensorLoader, or a DataLoader over a data set with indices", TypeError)
+        weighs = isinstance(getattr(dl, 'sampler', 0), data_tools.WeightedRandomSampler)
+        ok = rows is not dl and not weighs
+        check(ok, f"{type(dl).__name__} cannot be split: give a TensorLoader, or a "
+              "DataLoader over a data set with indices, without weights", TypeError)
         random = (data_tools.RandomSampler, data_tools.SubsetRandomSampler)
         shuffle = getattr(dl, 'shuffle', isinstance(getattr(dl, 'sampler', 0), random))
         seed = self.gather(int(torch.randint(2**31, ())))[0]
@@ -2924,7 +2908,7 @@ def show_results(self: Learner, ds_idx=1, dl=None, max_n=9, shuffle=True, ax=Non
 
     shuffle: any of a batch, not the first ones. For inputs and ax see `show_samples`.
     """
-    batch = next(iter(in_order(self.dls[ds_idx] if dl is None else dl)))
+    batch = next(iter(in_order(find_loader(self.dls, ds_idx, dl))))
     x, _, y, decoded = self.get_preds(dl=[batch], with_input=True, with_decoded=True)
     check(y is not None, "show_results shows targets, and the batches have none")
     rows = list(range(len(decoded)))
