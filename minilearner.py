@@ -1101,7 +1101,8 @@ def map_tensors(f, b, *others):
     if isinstance(b, torch.Tensor):
         return f(b, *others)
     if isinstance(b, (tuple, list)):
-        items = list(map(partial(map_tensors, f), b, *others))
+        items = ([map_tensors(f, *o) for o in zip(b, *others, strict=True)] if others
+                 else [map_tensors(f, o) for o in b])    # what a batch needs, for speed
         return type(b)(*items) if hasattr(b, '_fields') else type(b)(items)
     if isinstance(b, Mapping):
         new = copy.copy(b)    # a copy keeps its type
