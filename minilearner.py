@@ -2768,9 +2768,8 @@ class DistributedCallback(Callback):
         dl = self.dls.train
         rows = in_order(dl)
         weighs = isinstance(getattr(dl, 'sampler', 0), data_tools.WeightedRandomSampler)
-        ok = rows is not dl and not weighs
-        check(ok, f"{type(dl).__name__} cannot be split: give a TensorLoader, or a "
-              "DataLoader over a data set with indices, without weights", TypeError)
+        check(rows is not dl and not weighs, f"{type(dl).__name__} cannot be split: "
+              "use a TensorLoader, or an unweighted DataLoader with indices", TypeError)
         random = (data_tools.RandomSampler, data_tools.SubsetRandomSampler)
         shuffle = getattr(dl, 'shuffle', isinstance(getattr(dl, 'sampler', 0), random))
         seed = self.gather(int(torch.randint(2**31, ())))[0]
