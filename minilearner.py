@@ -1101,7 +1101,8 @@ def map_tensors(f, b, *others):
     if isinstance(b, torch.Tensor):
         return f(b, *others)
     if isinstance(b, (tuple, list)):
-        items = list(map(partial(map_tensors, f), b, *others))
+        items = ([map_tensors(f, *o) for o in zip(b, *others, strict=True)] if others
+                 else [map_tensors(f, o) for o in b])    # what a batch needs, for speed
         return type(b)(*items) if hasattr(b, '_fields') else type(b)(items)
     if isinstance(b, Mapping):
         new = copy.copy(b)    # a copy keeps its type
@@ -2690,9 +2691,8 @@ class DistributedCallback(Callback):
         dl = self.dls.train
         rows = in_order(dl)
         weighs = isinstance(getattr(dl, 'sampler', 0), data_tools.WeightedRandomSampler)
-        ok = rows is not dl and not weighs
-        check(ok, f"{type(dl).__name__} cannot be split: give a TensorLoader, or a "
-              "DataLoader over a data set with indices, without weights", TypeError)
+        check(rows is not dl and not weighs, f"{type(dl).__name__} cannot be split: "
+              "use a TensorLoader, or an unweighted DataLoader with indices", TypeError)
         random = (data_tools.RandomSampler, data_tools.SubsetRandomSampler)
         shuffle = getattr(dl, 'shuffle', isinstance(getattr(dl, 'sampler', 0), random))
         seed = self.gather(int(torch.randint(2**31, ())))[0]
