@@ -47,7 +47,9 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial, partialmethod
+from operator import length_hint
 from pathlib import Path
 
 import torch
@@ -274,7 +276,8 @@ class Learner:
     metrics: functions of `(pred, *yb)` or objects; see `mk_metric`.
     path, model_dir: files are saved in path/model_dir; default path: that of `dls`.
     wd: weight decay; default: that of the optimizer.
-    wd_bn_bias: whether biases and norm layers are decayed, too.
+    wd_bn_bias: whether biases and norm layers are decayed, too; by torch's optimizers
+      they always are.
     train_bn: whether norm layers train although their group is frozen.
     moms: momentum at the start, peak and end of a one-cycle fit.
     default_cbs: False leaves out `defaults.callbacks`; then bring your own.
@@ -295,9 +298,9 @@ class Learner:
         self.train_bn, self.moms = train_bn, moms
         self.metrics = [mk_metric(m) for m in listify(metrics)]
         self.path, self.model_dir = Path(path or dls.path), model_dir
-        self.logger, self.opt, self.training = print, None, False
+        self.logger, self.opt, self.training, self.failed = print, None, False, False
         self.epoch, self.n_epoch, self.train_iter, self.pct_train = 0, 1, 0, 0.
-        self.iter, self.n_iter, self.completed, self.failed = 0, None, True, False
+        self.iter, self.n_iter, self.completed = 0, 0, True
         self._forget_batch()
         self.loss, self._cbs, self._handlers = torch.tensor(0.), [], {}
         self.cbs = [*(defaults.callbacks if default_cbs else []), *listify(cbs)]
@@ -347,7 +350,7 @@ class Learner:
 
     def all_batches(self):
         """Train or evaluate on all batches of `self.dl`."""
-        self.n_iter = loader_len(self.dl)
+        self.n_iter = length_hint(self.dl)    # 0 if it does not tell
         for i, b in enumerate(self.dl):
             self.one_batch(i, b)
 
@@ -552,13 +555,13 @@ def check_parts(dls, model, loss_func, opt_func):
     """Refuse what is easily mixed up when a Learner is made; see there."""
     check(isinstance(dls, DataLoaders), f"dls is a {type(dls).__name__}: write "
           "Learner(DataLoaders(train, valid), model, ...)", TypeError)
-    check(isinstance(model, nn.Module), f"model={model!r}: give an object of a "
-          "subclass of nn.Module", TypeError)
+    ok = isinstance(model, nn.Module)
+    check(ok, f"model={model!r}: give an object, as in Net()", TypeError)
     loss_func = loss_func or getattr(dls.train_ds, 'loss_func', None)
     ok = callable(loss_func) and not isinstance(loss_func, type)
     check(ok, f"loss_func={loss_func!r}: give, say, nn.MSELoss()", TypeError)
-    check(callable(opt_func or Adam), f"opt_func={opt_func!r}: give, say, SGD",
-          TypeError)
+    ok = callable(opt_func or Adam)
+    check(ok, f"opt_func={opt_func!r}: give, say, SGD", TypeError)
 
 def check_callbacks(learn, cbs):
     """Refuse callbacks that cannot be registered together."""
@@ -596,26 +599,12 @@ def func_name(f):
     f = getattr(f, 'func', f)
     return getattr(f, '__name__', class2attr(f, 'Metric'))
 
-def loader_len(dl):
-    """Number of batches of a loader; None if it has no length."""
-    try:
-        return len(dl)
-    except (TypeError, NotImplementedError):
-        return None
-
 def where(learn):
-    """The note on an error in a batch: its number, and the shapes in it."""
+    """The note on an error in a batch: its number, and the tensors in it."""
     phase = 'training' if learn.training else 'validation'
-    shapes = shapes_in({'xb': learn.xb, 'yb': learn.yb, 'pred': learn.pred})
-    return f"in epoch {learn.epoch}, {phase} batch {learn.iter}: {shapes}"[:500]
-
-def shapes_in(b):
-    """Shapes and dtypes of the tensors in nested tuples, lists and dicts."""
-    if isinstance(b, torch.Tensor):
-        return f'{tuple(b.shape)} {b.dtype}'
-    if isinstance(b, Mapping):
-        return {k: shapes_in(v) for k, v in b.items()}
-    return tuple(map(shapes_in, b)) if isinstance(b, (tuple, list)) else type(b).__name__
+    tensors = tensors_in([learn.xb, learn.yb, learn.pred])
+    shapes = ', '.join(f'{tuple(t.shape)} {t.dtype}' for t in tensors)
+    return f"in epoch {learn.epoch}, {phase} batch {learn.iter}: xb, yb, pred: {shapes}"
 
 class TrainEvalCallback(Callback):
     """Puts the model into the right mode and place, and counts progress."""
@@ -697,9 +686,6 @@ class AvgMetric(Metric):
         """Add the mean of `bs` samples; it stays on the device, so nothing waits."""
         if isinstance(value, torch.Tensor):
             value = without_graph(value)
-            if value.numel() != 1:
-                raise TypeError(f"metric {self.name!r} has the shape "
-                                f"{list(value.shape)}, and is not one number")
             if value.dtype != torch.float32 and value.dtype != torch.float64:
                 value = value.float()    # a sum of float16 would soon overflow
         if isinstance(value, torch.Tensor) and isinstance(self.total, torch.Tensor):
@@ -781,11 +767,11 @@ def without_graph(t):
 
 def first_item(b):
     """The first item of `b`, the innermost one of nested tuples, lists and dicts."""
-    if isinstance(b, torch.Tensor) or not b:
-        return b
-    if isinstance(b, Mapping):
+    if isinstance(b, (tuple, list)) and b:
+        return first_item(b[0])
+    if isinstance(b, Mapping) and b:
         return first_item(next(iter(b.values())))
-    return first_item(b[0]) if isinstance(b, (tuple, list)) else b
+    return b
 
 def find_bs(b):
     """Batch size of `b`: the rows of its first item; 1 without a shape."""
@@ -824,7 +810,7 @@ class Recorder(Callback):
     values: all rows, without epoch and time; the last is `learn.final_record`. A pass
       that was cancelled leaves None.
     """
-    order, n_before, hps = 50, 0, {}
+    order, hps = 50, {}
     train_mets = valid_mets = train_row = valid_row = ()
     lrs = losses = iters = values = ()
 
@@ -855,7 +841,6 @@ class Recorder(Callback):
 
     def before_train(self):
         """Reset the metrics; the smoothed loss goes on through the epochs."""
-        self.n_before = len(self.losses)
         for m in self.train_mets[1:]:
             m.reset()
 
@@ -882,7 +867,7 @@ class Recorder(Callback):
     def after_train(self):
         if self.completed:
             self.train_row = [final_value(m) for m in self.train_mets]
-            if len(self.losses) == self.n_before:
+            if len(self.losses) == (self.iters or [0])[-1]:
                 warnings.warn("nothing was trained: no batch with a target was done")
 
     def after_validate(self):
@@ -915,9 +900,7 @@ def final_value(metric):
 
 def format_time(seconds):
     """'mm:ss', or 'h:mm:ss' from an hour on, rounded."""
-    minutes, s = divmod(round(seconds), 60)
-    h, m = divmod(minutes, 60)
-    return f'{h}:{m:02}:{s:02}' if h else f'{m:02}:{s:02}'
+    return str(timedelta(seconds=round(seconds))).removeprefix('0:')
 
 defaults.callbacks.append(Recorder)
 
@@ -980,8 +963,7 @@ class DataLoaders:
         self.train, self.valid, self.others = train, valid, others
         for dl in [train, *(dl for dl in self.loaders if dl is not None)]:
             ok = not isinstance(dl, (type(None), Iterator, data_tools.Dataset))
-            check(ok, f"{type(dl).__name__} gives no batches epoch after epoch: give a "
-                  "DataLoader, or use DataLoaders.from_dsets", TypeError)
+            check(ok, f"{type(dl).__name__} is no loader: see from_dsets", TypeError)
         self.path, self.vocab, self.decode = Path(path), vocab, decode
         self.n_inp = n_inp or getattr(self.train, 'n_inp', None)
         self.targets, self.split = listify(targets), split
@@ -1038,7 +1020,7 @@ class DataLoaders:
         return cls(train, valid, device=device, **own)
 
     def __repr__(self):
-        lengths = [loader_len(dl) for dl in self.loaders if dl is not None]
+        lengths = [length_hint(dl) or '?' for dl in self.loaders if dl is not None]
         return f'DataLoaders({lengths} batches, on {self.device})'
 
     def __getitem__(self, i):
@@ -1059,8 +1041,7 @@ class DataLoaders:
             return tuple(b[:n]), tuple(b[n:])
         if isinstance(b, Mapping):
             if not self.targets:
-                raise TypeError(f"a batch with the keys {list(b)}: say which are "
-                                "targets, DataLoaders(..., targets=key)")
+                raise TypeError(f"of {list(b)}, say: DataLoaders(..., targets=key)")
             inputs = Keywords({k: v for k, v in b.items() if k not in self.targets})
             return (inputs,), tuple(b[k] for k in self.targets if k in b)
         return (b,), ()
@@ -1085,38 +1066,41 @@ def as_tensors(o):
 
     Arrays of floats get torch's default dtype, as NumPy's own default is float64.
     """
-    arrays = [] if o is None else tuplify(o)
-    tensors = [torch.as_tensor(a) for a in arrays]
-    for i, a in enumerate(arrays):
-        if not isinstance(a, torch.Tensor) and tensors[i].is_floating_point():
-            tensors[i] = tensors[i].to(torch.get_default_dtype())
-    return tensors
+    def convert(a):
+        t = torch.as_tensor(a)
+        stays = isinstance(a, torch.Tensor) or not t.is_floating_point()
+        return t if stays else t.to(torch.get_default_dtype())
+    return [] if o is None else [convert(a) for a in tuplify(o)]
 
-def map_tensors(f, b, *others):
+def map_tensors(f, b):
     """Apply `f` to all tensors in nested tuples, lists, dicts and dataclasses.
 
-    All of these keep their type. others: structures like `b`; `f` then gets the values
-    at the same place of each, also those that are not tensors.
+    All of these keep their type.
     """
     if isinstance(b, torch.Tensor):
-        return f(b, *others)
+        return f(b)
     if isinstance(b, (tuple, list)):
-        items = ([map_tensors(f, *o) for o in zip(b, *others, strict=True)] if others
-                 else [map_tensors(f, o) for o in b])    # what a batch needs, for speed
+        items = [map_tensors(f, o) for o in b]
         return type(b)(*items) if hasattr(b, '_fields') else type(b)(items)
     if isinstance(b, Mapping):
         new = copy.copy(b)    # a copy keeps its type
         for k, v in b.items():
-            new[k] = map_tensors(f, v, *[o[k] for o in others])
+            new[k] = map_tensors(f, v)
         return new
     if dataclasses.is_dataclass(b) and not isinstance(b, type):
-        new = copy.copy(b)
-        for field in dataclasses.fields(b):
-            values = [getattr(o, field.name) for o in (b, *others)]
-            # of `object`, as it may be frozen
-            object.__setattr__(new, field.name, map_tensors(f, *values))
-        return new
-    return f(b, *others) if others else b
+        names = [field.name for field in dataclasses.fields(b)]
+        return dataclasses.replace(b, **{k: map_tensors(f, getattr(b, k)) for k in names})
+    return b
+
+def tensors_in(b):
+    """List of all tensors in nested tuples, lists, dicts and dataclasses."""
+    found = []
+
+    def note(t):
+        found.append(t)
+        return t
+    map_tensors(note, b)
+    return found
 
 def to_device(b, device=None, non_blocking=False):
     """Move every tensor of a batch to `device` (default: `default_device()`)."""
@@ -1346,7 +1330,6 @@ import sys
 import zipfile
 from collections import ChainMap, namedtuple
 from contextlib import ExitStack, nullcontext, suppress
-from datetime import timedelta
 
 import torch.nn.functional as F
 
@@ -1558,7 +1541,7 @@ class ParamScheduler(Callback):
     def before_fit(self):
         """Refuse hypers that the optimizer does not have; `mom` may be added."""
         self.hps, known = {}, {*self.opt.hypers[-1], 'mom'}
-        check(loader_len(self.dls.train) is not None, "a schedule needs len(dls.train)")
+        check(length_hint(self.dls.train), "a schedule needs len(dls.train)")
         for name in self.scheds:
             check(name in known, f"no hyper {name!r}: it has {sorted(known)}")
 
@@ -1806,7 +1789,9 @@ class GatherPredsCallback(Callback):
 
 def concat(parts, dim=0):
     """Join tensors, or structures of them that are nested alike, along `dim`."""
-    return map_tensors(lambda *ts: torch.cat(ts, dim), *parts) if parts else None
+    columns = zip(*map(tensors_in, parts), strict=True)
+    joined = (torch.cat(tensors, dim) for tensors in columns)
+    return map_tensors(lambda t: next(joined), parts[0]) if parts else None
 
 def act_and_decodes(loss_func):
     """Functions from model output to prediction, and from prediction to decision.
@@ -1869,7 +1854,7 @@ def predict(self: Learner, item, with_input=False):
     """
     if isinstance(item, Mapping):
         item = {k: v for k, v in item.items() if k not in self.dls.targets}
-        inputs = (Keywords(zip(item, as_tensors([*item.values()]))),)
+        inputs = (Keywords(zip(item, as_tensors((*item.values(),)))),)
     else:
         inputs = tuple(as_tensors(item))
         check_item(self.dls, inputs[0])
@@ -2224,8 +2209,13 @@ class OptimWrapper(Optimizer):
         self.opt, self.state = opt, defaultdict(dict)
         self.hp_map = hp_map or self.hp_map
 
+    def _set_params(self, lists):
+        for group, params in zip(self.param_groups, lists, strict=True):
+            group['params'] = params
+
     param_groups = property(lambda self: self.opt.param_groups)
-    param_lists = property(lambda self: [g['params'] for g in self.param_groups])
+    param_lists = property(lambda self: [g['params'] for g in self.param_groups],
+                           _set_params)
     hypers = property(lambda self: [*map(self._named, self.param_groups)])
 
     def _named(self, group):
@@ -2235,9 +2225,6 @@ class OptimWrapper(Optimizer):
         return {**named, **dict(zip(self.betas, betas))}
 
     def _set(self, i, k, value):
-        if k == 'wd' and value and any('do_wd' in o for o in self.state.values()):
-            warnings.warn("torch's optimizers decay biases and norm layers, too: take "
-                          "this file's Adam, or say Learner(..., wd_bn_bias=True)")
         group = self.param_groups[i]
         if k in self.betas and 'betas' in group:
             betas = list(group['betas'])
@@ -2591,7 +2578,7 @@ class CheckpointCallback(Callback):
         check(not self.finished, "a CheckpointCallback serves one fit: make another")
         self.file = Path(self.learn.model_file(self.fname))
         # what must be the same for a fit to go on where another one stopped
-        self.plan = {'n_epoch': self.n_epoch, 'n_iter': loader_len(self.dls.train),
+        self.plan = {'n_epoch': self.n_epoch, 'n_iter': length_hint(self.dls.train),
                      'cbs': [cb.name for cb in self.learn.cbs],
                      'processes': n_processes()}
         if self.resume and self.file.exists():

@@ -1254,6 +1254,8 @@ def test_wrapper_translates_hypers():
     adam.set_hyper('lr', slice(0.1, 1))
     assert [g['betas'] for g in adam.opt.param_groups] == [(0.8, 0.5), (0.8, 0.6)], "betas is a tuple: the first stays"
     assert [g['lr'] for g in adam.opt.param_groups] == pytest.approx([0.1, 1]), "a slice spreads over torch's groups"
+    adam.param_lists = [[p], [r := param()]]
+    assert adam.opt.param_groups[1]['params'] == [r] and adam.param_lists[1] == [r], "assigned, they reach torch's groups"
     sgd = ml.OptimWrapper([p], functools.partial(torch.optim.SGD, momentum=0.7), lr=0.1)
     assert sgd.hypers[0]['mom'] == 0.7, "what the partial set is read under our name"
     sgd.set_hypers(mom=0.5, wd=0.1)
@@ -1321,16 +1323,6 @@ def test_wrapper_freezes_clears_and_saves():
     assert q.grad is not None, "what trains still has the gradient of its step"
     opt.zero_grad()
     assert q.grad is None, "no gradient survives zero_grad"
-
-
-def test_a_torch_optimizer_says_that_it_decays_what_should_be_spared():
-    learn = line_learner(model=nn.Linear(1, 1), opt_func=torch.optim.AdamW)
-    with pytest.warns(UserWarning, match='decay biases.*wd_bn_bias=True'):
-        learn.fit(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter('error')
-        learn.fit(1, wd=0)      # nothing decays
-        line_learner(model=nn.Linear(1, 1), opt_func=torch.optim.AdamW, wd_bn_bias=True).fit(1)
 
 
 def test_sgd_with_momentum_decays_past_the_average():
@@ -1644,7 +1636,7 @@ lesson("Learner", "TrainEvalCallback.before_fit TrainEvalCallback.before_train T
        "TrainEvalCallback.after_batch Learner.__init__ Learner.fit Learner._all_epochs Learner._one_epoch "
        "Learner.all_batches Learner.one_batch Learner._one_batch Learner._stage Learner._fire "
        "Learner.__call__ Learner.ordered_cbs Learner.add_cbs Learner.remove_cbs Learner.added_cbs "
-       "Learner.__getattr__ Learner.create_opt Learner.ensure_opt loader_len before_batch_cb",
+       "Learner.__getattr__ Learner.create_opt Learner.ensure_opt before_batch_cb",
        goal="the loop itself: every part announced, cancelled or ended properly, whatever is raised",
        hint="write _stage first: every part of the loop is before_X, the part, after_X",
        read="sections 3 and 12")
@@ -1654,10 +1646,6 @@ BATCH = ['before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_b
 FIT = ['before_fit', 'before_epoch', 'before_train', *BATCH, *BATCH, 'after_train',
        'before_validate', 'before_batch', 'after_pred', 'after_loss', 'after_batch',
        'after_validate', 'after_epoch', 'after_fit']
-
-
-def test_some_loaders_have_no_length():
-    assert ml.loader_len([1, 2, 3]) == 3 and ml.loader_len(iter([1])) is None, "None: nobody can know it yet"
 
 
 def staged(body=int, cancel=ml.CancelBatchException, **handlers):
@@ -2251,7 +2239,7 @@ def test_every_fit_begins_at_epoch_0_with_a_loss_of_0():
 
 def test_a_new_learner_has_made_no_progress():
     learn = line_learner()
-    assert (learn.epoch, learn.n_epoch, learn.iter, learn.n_iter) == (0, 1, 0, None), \
+    assert (learn.epoch, learn.n_epoch, learn.iter, learn.n_iter) == (0, 1, 0, 0), \
         "epoch 0 of 1; how many batches there are is not known yet"
     assert (learn.train_iter, learn.pct_train) == (0, 0.) and learn.completed, "nothing has trained, nothing broke off"
 
@@ -3772,7 +3760,7 @@ def test_a_loader_without_length_trains_and_a_schedule_says_what_it_needs():
     dls = ml.DataLoaders(DataLoader(Stream(), 4), device='cpu')
     learn = line_learner(dls)
     learn.fit(2)
-    assert len(learn.recorder.losses) == 6 and learn.pct_train == 0.5 and learn.n_iter is None, \
+    assert len(learn.recorder.losses) == 6 and learn.pct_train == 0.5 and learn.n_iter == 0, \
         "no length: it trains, but progress moves by epochs only"
     with pytest.raises(ValueError, match=r'needs len\(dls.train\)'):
         learn.fit_one_cycle(1)
@@ -7153,7 +7141,7 @@ HINTS = {
     'Learner.fit': "check; added_cbs; ensure_opt, set_hyper; the stage 'fit' around _all_epochs; _end_fit in `finally`",
     'Learner._all_epochs': "a stage 'epoch' around _one_epoch for each; `for self.epoch in range(...)` is Python, too",
     'Learner._one_epoch': "self.dl, then a stage around all_batches: 'train', and, without gradients, 'validate'",
-    'Learner.all_batches': "n_iter by loader_len, then one_batch for each",
+    'Learner.all_batches': "n_iter by length_hint, then one_batch for each",
     'Learner.one_batch': "to_device, then dls.split_batch, then the stage 'batch' around _one_batch",
     'Learner.__call__': "check_event and _fire, for each name",
     'Learner.ordered_cbs': "sort_callbacks, and of these the ones that define the event",
@@ -7161,7 +7149,6 @@ HINTS = {
     'Learner.remove_cbs': "isinstance with a tuple of the classes; then the setter of cbs",
     'Learner.__getattr__': "self.model would ask __getattr__ for ever if there is none: look into self.__dict__",
     'Learner.ensure_opt': "create_opt notes `made_for`; an optimizer without it is the user's own, and stays",
-    'loader_len': "len raises TypeError for what has no length, and some DataLoaders raise NotImplementedError",
     'before_batch_cb': "Callback(before_batch=g), where g calls f and makes tuples of what it returns",
     'Learner._stage': "try before_X and the part; except cancel: after_cancel_X; after_X in any case, even at an error",
     'Learner._fire': "add_note tells who raised; a callback may have been removed by the one before it",
