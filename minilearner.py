@@ -1334,9 +1334,9 @@ from contextlib import ExitStack, nullcontext, suppress
 import torch.nn.functional as F
 
 def patch(f):
-    """Decorator: makes `f(self: SomeClass, ...)` a method of that class as well.
+    """Decorator: makes `f(self: SomeClass, ...)` a method of that class.
 
-    If the module already has something of that name, the name stays with it.
+    The name in the module stays with what had it before, if anything.
     """
     cls = next(iter(inspect.get_annotations(f, eval_str=True).values()))
     setattr(cls, f.__name__, f)
@@ -1351,10 +1351,7 @@ def patch(f):
 Callback.only_fit, Recorder.only_fit = False, True
 
 def replacing_yield(o, attr, val):
-    """Set `o.attr` to `val`, yield, and put the old value back whatever happens.
-
-    A generator: return it from a function under `contextlib.contextmanager`.
-    """
+    """Generator, for `contextmanager`: set `o.attr` to `val`; at the end, undo that."""
     old = getattr(o, attr)
     try:
         yield setattr(o, attr, val)
@@ -1447,10 +1444,9 @@ def process_rank():
     return torch.distributed.get_rank() if n_processes() > 1 else 0
 
 def to_detach(b, cpu=True, gather=True):
-    """Detach every tensor of a batch from its graph.
+    """Detach every tensor of a batch from its graph; `cpu`: and move it to the CPU.
 
-    cpu: also move it to the CPU. gather: join the rows of all processes first; each
-    must hold the same number.
+    gather: first join the rows of all processes, which must have equally many.
     """
     def detach(t):
         t = t.detach()
@@ -1751,8 +1747,8 @@ def validate(self: Learner, ds_idx=1, dl=None, cbs=None):
 class GatherPredsCallback(Callback):
     """Collects inputs, predictions, targets and losses of one pass, on the CPU.
 
-    act: function applied to predictions.
-    save_preds, save_targs: folders to write them to, a file a batch, and keep none.
+    act: function applied to predictions. save_preds, save_targs: folders to write them
+    to, a file a batch, and keep none.
     """
     order = 50
 
@@ -1978,7 +1974,7 @@ def save_state(state, file, pickle_protocol=2):
 def load_state(file, device='cpu', weights_only=True):
     """What `save_state` wrote, on `device` (None: where it was).
 
-    weights_only: run no code of the file; then it holds tensors and plain containers.
+    weights_only: only tensors and plain containers; no code of the file is run.
     Raises: OSError; ValueError, naming the file, for a damaged or foreign one.
     """
     with nullcontext(file) if hasattr(file, 'read') else open(file, 'rb') as f:
@@ -2313,8 +2309,7 @@ class TrackerCallback(Callback):
 
     monitor: title of the column.
     comp: `comp(a, b)` is True if a is better than b; default: less for titles with loss
-      or error, else greater.
-    min_delta: by how much it has to be better.
+      or error, else greater. min_delta: by how much it has to be better.
     reset_on_fit: forget the best when a fit begins.
     best: the best value so far; infinite if there was none.
     """
@@ -2347,9 +2342,9 @@ class TrackerCallback(Callback):
             self.best, self.best_row = value, len(self.recorder.values)
 
 class EarlyStoppingCallback(TrackerCallback):
-    """Ends the training after `patience` epochs in a row that were not the best.
+    """Ends the training after `patience` epochs in a row without a new best value.
 
-    The other parameters: see `TrackerCallback`.
+    Others: see `TrackerCallback`.
     """
     order = 61
 
@@ -2374,8 +2369,7 @@ class SaveModelCallback(TrackerCallback):
     every_epoch: instead, save all epochs as fname_0, fname_1, ...; an int n: those that
       n divides.
     at_end: save at the end of the fit, instead of loading.
-    with_opt: the optimizer as well.
-    The other parameters: see `TrackerCallback`.
+    with_opt: the optimizer as well. Others: see `TrackerCallback`.
     """
     def __init__(self, monitor='valid_loss', comp=None, min_delta=0., fname='model',
                  every_epoch=False, at_end=False, with_opt=False, reset_on_fit=True):
@@ -3067,11 +3061,7 @@ def mnist1d(n=5000, seed=42):
     return (x[:cut], y[:cut]), (x[cut:], y[cut:])
 
 def small_cnn():
-    """A network for `mnist1d`: (B, 1, 40) signals to (B, 10) scores; 24,154 weights.
-
-    Body: five blocks of convolution (3 wide, no bias), batch norm, ReLU. Head: a mean,
-    a linear layer.
-    """
+    """A network for `mnist1d`: (B, 1, 40) signals to (B, 10) scores; 24,154 weights."""
     def block(n_in, n_out, stride):
         conv = nn.Conv1d(n_in, n_out, 3, stride, padding=1, bias=False)
         return nn.Sequential(conv, nn.BatchNorm1d(n_out), nn.ReLU())
