@@ -1718,7 +1718,7 @@ def in_order(dl, rows=None, drop_last=False, generator=OWN_GENERATOR):
     rows: a list of ints, to take only these of them. generator: of a torch DataLoader.
     Loaders of other kinds, or with a sampler or batches of your own, stay as they are.
     """
-    if isinstance(dl, TensorLoader):
+    if getattr(type(dl), '__iter__', None) is TensorLoader.__iter__:
         tensors = [t if rows is None else t[rows] for t in dl.dataset.tensors]
         return TensorLoader(*tensors, bs=dl.bs, drop_last=drop_last)
     plain = getattr(type(dl), '__iter__', None) is data_tools.DataLoader.__iter__
@@ -1784,10 +1784,18 @@ class GatherPredsCallback(Callback):
             torch.save(b, Path(folder, f'{process_rank():03}_{self.learn.iter:05}.pt'))
 
 def concat(parts, dim=0):
-    """Join tensors, or structures of them that are nested alike, along `dim`."""
-    columns = zip(*map(tensors_in, parts), strict=True)
-    joined = (torch.cat(tensors, dim) for tensors in columns)
-    return map_tensors(lambda t: next(joined), parts[0]) if parts else None
+    """Join tensors or arrays, or structures that are nested alike, along `dim`."""
+    if not parts:
+        return None
+    first, kind = parts[0], type(parts[0])
+    if isinstance(first, Mapping):
+        return Keywords({k: concat([part[k] for part in parts], dim) for k in first})
+    if isinstance(first, (tuple, list)) and tensors_in(first):
+        joined = [concat(items, dim) for items in zip(*parts, strict=True)]
+        return kind(*joined) if hasattr(kind, '_fields') else kind(joined)
+    if isinstance(first, (tuple, list)):
+        return sum(parts, kind())    # rows of another type, such as texts
+    return torch.cat([*map(torch.as_tensor, parts)], dim)
 
 def act_and_decodes(loss_func):
     """Functions from model output to prediction, and from prediction to decision.
@@ -2254,7 +2262,7 @@ def new_opt(self: Learner, params, lr):
     """What `opt_func` makes; if that is an optimizer of torch's, it is wrapped."""
     f = getattr(self.opt_func, 'func', self.opt_func)
     if isinstance(f, type) and issubclass(f, torch.optim.Optimizer):
-        return OptimWrapper(params, self.opt_func)
+        return OptimWrapper(params, self.opt_func, lr=defaults.lr)    # set later
     return self.opt_func(params, lr=lr)
 
 def set_opt(learn, opt):
@@ -2502,8 +2510,10 @@ class MixedPrecision(Callback):
 
     def before_batch(self):
         check(vars(self.learn)[self.name] is self, "two MixedPrecision: remove one")
+        self.after_loss()    # a batch that broke off may have left it
         # kept on the learner: predictions in the middle of a batch put it back
-        self.learn.autocast = torch.autocast(self.dls.device.type, HALF[self.amp_mode])
+        half = torch.float16 if self.scaler else torch.bfloat16
+        self.learn.autocast = torch.autocast(self.dls.device.type, half)
         self.learn.autocast.__enter__()
 
     def after_pred(self):
@@ -2526,7 +2536,7 @@ class MixedPrecision(Callback):
             scale = self.scaler.get_scale()
             self.scaler.unscale_(self.opt)
             self.scaler.update()
-            if self.scaler.get_scale() < scale:    # as gradients were not finite
+            if scale == 0 or self.scaler.get_scale() < scale:    # not finite
                 raise CancelStepException
 
 @patch
@@ -2572,15 +2582,17 @@ class CheckpointCallback(Callback):
         check(not self.finished, "a CheckpointCallback serves one fit: make another")
         self.file = Path(self.learn.model_file(self.fname))
         # what must be the same for a fit to go on where another one stopped
+        self.saved = self.learn.cbs    # without those that are added in mid-fit
         self.plan = {'n_epoch': self.n_epoch, 'n_iter': length_hint(self.dls.train),
-                     'cbs': [cb.name for cb in self.learn.cbs],
-                     'processes': n_processes()}
+                     'cbs': [cb.name for cb in self.saved], 'processes': n_processes()}
         if self.resume and self.file.exists():
             self.go_on_from(load_state(self.file))
 
     def after_epoch(self):
-        if self.completed and (self.epoch + 1) % self.every == 0:
-            self.save(self.epoch + 1)
+        n_done = self.epoch + 1
+        # the last one is saved when the fit ends, as others may still work then
+        if self.completed and n_done % self.every == 0 and n_done < self.n_epoch:
+            self.save(n_done)
 
     def after_fit(self):
         if self.file is not None and not self.failed:
@@ -2592,7 +2604,7 @@ class CheckpointCallback(Callback):
         learn = self.learn
         state = {'model': bare_state(learn.model), 'opt': learn.opt.state_dict(),
                  'loss_func': getattr(learn.loss_func, 'state_dict', dict)(),
-                 'cbs': [cb.state_dict() for cb in learn.cbs], 'n_done': n_done,
+                 'cbs': [cb.state_dict() for cb in self.saved], 'n_done': n_done,
                  'frozen_idx': learn.opt.frozen_idx, 'train_iter': learn.train_iter,
                  'rng': rng_state(learn.dls), 'plan': self.plan}
         save_state(state, self.file)
@@ -2607,9 +2619,9 @@ class CheckpointCallback(Callback):
         differ = {k: plan.get(k) for k, v in self.plan.items() if plan.get(k) != v}
         check(not differ, f"{self.file} is of another fit, with {differ}: resume=False "
               "replaces it. To train longer, load it, and fit with another file")
+        put_state(self.file, state, learn.model, learn.opt)
         if isinstance(learn.loss_func, nn.Module):
             put_state(self.file, state['loss_func'], learn.loss_func, None)
-        put_state(self.file, state, learn.model, learn.opt)
         for cb, own in zip(learn.cbs, state['cbs'], strict=True):
             cb.load_state_dict(to_device(own, learn.dls.device))
         if state['frozen_idx'] != learn.opt.frozen_idx:
@@ -2644,7 +2656,9 @@ def load_state_dict(self: Recorder, state):
     if self.losses:
         smooth = self.train_mets[0]
         smooth.value, smooth.count = self.losses[-1], len(self.losses)
-        self.learn.smooth_loss, self.learn.final_record = smooth.value, self.values[-1]
+        self.learn.smooth_loss = smooth.value
+    if self.values:
+        self.learn.final_record = self.values[-1]
 
 # --------------------------------------------------------------------------------------
 # 17. Many processes: the same training on several GPUs, or on several CPU cores
@@ -2662,7 +2676,7 @@ class DistributedCallback(Callback):
     as those of torchmetrics do, and ask the other processes themselves.
     kwargs: of DistributedDataParallel.
     """
-    order = 40    # before the Recorder looks at losses and metrics
+    order = -20    # before others look at losses and metrics, or cancel something
 
     def __init__(self, **kwargs):
         self.kwargs = kwargs
@@ -2701,6 +2715,8 @@ class DistributedCallback(Callback):
             self.join('train_mets', 1)    # without the smoothed loss, a joint one
 
     def before_validate(self):
+        if isinstance(self.model, nn.parallel.DistributedDataParallel):
+            self.learn.model = self.model.module    # it is in the middle of a training
         rows, rank, n = in_order(self.dl), process_rank(), n_processes()
         if rows is not self.dl:
             share = torch.arange(len(rows.dataset)).tensor_split(n)[rank]
@@ -2957,7 +2973,8 @@ class ProgressCallback(Callback):
     order, only_fit, has_bar, drawn_at = 55, True, False, 0.
 
     def before_fit(self):
-        if self.logger is print and 'recorder' in vars(self.learn):
+        is_ours = self.logger in (print, self.write_row)
+        if is_ours and 'recorder' in vars(self.learn):
             self.has_bar = sys.stdout.isatty() or 'ipykernel' in sys.modules
             self.learn.logger = self.write_row
             self.write_row(self.recorder.metric_names)
