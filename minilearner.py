@@ -56,11 +56,8 @@ import torch
 from torch import nn
 from torch.utils import data as data_tools
 
-# --------------------------------------------------------------------------------------
 # PART I: The Learner, from scratch
-# --------------------------------------------------------------------------------------
 
-# --------------------------------------------------------------------------------------
 # 1. The plain loop: everything below replaces one hard-coded part of it
 # --------------------------------------------------------------------------------------
 
@@ -87,7 +84,6 @@ def fit_plain(model, train, valid, loss_func, opt, n_epoch):
         valid_losses.append(float(total / count))                # Recorder.after_epoch
     return valid_losses
 
-# --------------------------------------------------------------------------------------
 # 2. Events and callbacks: where your code steps into the loop
 # --------------------------------------------------------------------------------------
 # A part of the loop, such as a batch, fires before_batch when it begins and after_batch
@@ -235,12 +231,10 @@ class Callback:
 
     def __setattr__(self, k, v):
         learn = self.learn
-        is_new = k not in vars(self) and not hasattr(Callback, k)
-        if learn is not None and is_new and k != self.name:
-            if k in vars(learn) or hasattr(type(learn), k):
-                text = (f"You are shadowing an attribute ({k}) that exists in the "
-                        f"learner. Use `self.learn.{k}` to avoid this")
-                warnings.warn(text, stacklevel=2)
+        is_new = learn is not None and k not in vars(self) and not hasattr(Callback, k)
+        if is_new and k != self.name and (k in vars(learn) or hasattr(type(learn), k)):
+            text = f"You are shadowing an attribute ({k}) that exists in the learner. "
+            warnings.warn(f"{text}Use `self.learn.{k}` to avoid this", stacklevel=2)
         super().__setattr__(k, v)
 
     def __repr__(self):
@@ -254,7 +248,6 @@ def must_precede(a, b):
     before, after = tuple(listify(a.run_before)), tuple(listify(b.run_after))
     return a is not b and (isinstance(b, before) or isinstance(a, after))
 
-# --------------------------------------------------------------------------------------
 # 3. The Learner: a model, data, a loss, an optimizer, and the loop that joins them
 # --------------------------------------------------------------------------------------
 
@@ -318,8 +311,7 @@ class Learner:
         If an error ends the fit, `xb, yb, pred, loss` stay for your debugger.
         """
         ok = isinstance(n_epoch, int) and start_epoch in range(n_epoch + 1)
-        check(ok, f"n_epoch={n_epoch!r}, start_epoch={start_epoch!r}: give ints from 0 "
-              "on, start_epoch not above n_epoch")
+        check(ok, f"{n_epoch=}, {start_epoch=}: give ints, 0 <= start_epoch <= n_epoch")
         with self.added_cbs(cbs):
             opt = self.ensure_opt(reset_opt)
             opt.set_hyper('lr', self.lr if lr is None else lr)
@@ -467,8 +459,7 @@ class Learner:
             warnings.warn(f"lr={self.lr} is not used: opt_func has its own, {lr}")
         self.lr = lr
         self.model.to(self.dls.device)    # first, so that its state lands there, too
-        one_lr = lr if isinstance(lr, (int, float)) else defaults.lr
-        self.opt = self.new_opt(self.splitter(self.model), one_lr)
+        self.opt = self.new_opt(self.splitter(self.model), lr)
         self.opt.set_hyper('lr', lr)
         self.opt.made_for = {*trainable_params(self.model)}.union(*self.opt.param_lists)
         for p in [] if self.wd_bn_bias else norm_bias_params(self.model):
@@ -488,8 +479,8 @@ class Learner:
     @cbs.setter
     def cbs(self, cbs):
         """Register these callbacks, and no others; see `add_cbs`."""
-        cbs = newest([cb() if isinstance(cb, type) else cb for cb in listify(cbs)])
-        check_callbacks(self, cbs)
+        cbs = [cb() if isinstance(cb, type) else cb for cb in listify(cbs)]
+        cbs = newest(self, cbs)
         for cb in self._cbs:
             cb.learn = None
             vars(self).pop(cb.name, None)
@@ -548,43 +539,39 @@ class Learner:
         return getattr(model, k)
 
     def __repr__(self):
-        model, loss_func = map(func_name, (self.model, self.loss_func))
-        return f'Learner({self.dls!r}, {model}, {loss_func})'
+        return f'Learner({self.dls!r}, {func_name(self.model)})'
 
 def check_parts(dls, model, loss_func, opt_func):
     """Refuse what is easily mixed up when a Learner is made; see there."""
-    check(isinstance(dls, DataLoaders), f"dls is a {type(dls).__name__}: write "
-          "Learner(DataLoaders(train, valid), model, ...)", TypeError)
-    ok = isinstance(model, nn.Module)
-    check(ok, f"model={model!r}: give an object, as in Net()", TypeError)
+    ok = isinstance(dls, DataLoaders)
+    check(ok, f"dls is a {type(dls).__name__}: give DataLoaders(train, valid)", TypeError)
+    check(isinstance(model, nn.Module), f"{model=}: give an object, Net()", TypeError)
     loss_func = loss_func or getattr(dls.train_ds, 'loss_func', None)
     ok = callable(loss_func) and not isinstance(loss_func, type)
-    check(ok, f"loss_func={loss_func!r}: give, say, nn.MSELoss()", TypeError)
-    ok = callable(opt_func or Adam)
-    check(ok, f"opt_func={opt_func!r}: give, say, SGD", TypeError)
+    check(ok, f"{loss_func=}: give, say, nn.MSELoss()", TypeError)
+    check(callable(opt_func or Adam), f"{opt_func=}: give, say, SGD", TypeError)
 
-def check_callbacks(learn, cbs):
-    """Refuse callbacks that cannot be registered together."""
+def newest(learn, cbs):
+    """Callbacks to register, each once, without those whose class was defined again.
+
+    Raises: TypeError for what is no callback, ValueError for a name that is taken.
+    """
     for cb in cbs:
         check(isinstance(cb, Callback), f"{cb!r} is not a Callback", TypeError)
     taken = {*dir(type(learn)), *vars(learn)} - {cb.name for cb in learn.cbs}
     kinds = {cb.name: type(cb) for cb in cbs}
     for cb in cbs:
-        is_free = cb.name not in taken and kinds[cb.name] is type(cb)
-        check(is_free, f"{cb!r}: the name {cb.name!r} is taken; rename its class")
+        is_same = full_name(type(cb)) == full_name(kinds[cb.name])
+        check(is_same and cb.name not in taken, f"{cb!r}: the name {cb.name!r} is taken")
+    return [cb for cb in dict.fromkeys(cbs) if type(cb) is kinds[cb.name]]
 
 def full_name(cls):
     """Module and name of a class: the same if a notebook's cell defines it again.
 
     A class that a function makes is another one each time.
     """
-    is_local = '<locals>' in cls.__qualname__
-    return cls if is_local else (cls.__module__, cls.__qualname__)
-
-def newest(cbs):
-    """Each callback once, and none whose class was defined again for a later one."""
-    kinds = {full_name(type(cb)): type(cb) for cb in cbs}
-    return [cb for cb in dict.fromkeys(cbs) if kinds[full_name(type(cb))] is type(cb)]
+    name = (cls.__module__, cls.__qualname__)
+    return cls if '<locals>' in cls.__qualname__ else name
 
 def tuplify(o):
     """A tuple as it is, anything else as a tuple of one."""
@@ -641,7 +628,6 @@ class TrainEvalCallback(Callback):
 
 defaults.callbacks.append(TrainEvalCallback)
 
-# --------------------------------------------------------------------------------------
 # 4. Metrics: numbers about a whole pass, exact also if the last batch is smaller
 # --------------------------------------------------------------------------------------
 
@@ -675,7 +661,7 @@ class AvgMetric(Metric):
 
     def reset(self):
         """Forget all batches."""
-        self.total, self.count = 0., 0
+        self.total, self.count = torch.zeros(()), 0
 
     def accumulate(self, learn):
         """Add the batch."""
@@ -684,14 +670,7 @@ class AvgMetric(Metric):
 
     def add(self, value, bs):
         """Add the mean of `bs` samples; it stays on the device, so nothing waits."""
-        if isinstance(value, torch.Tensor):
-            value = without_graph(value)
-            if value.dtype != torch.float32 and value.dtype != torch.float64:
-                value = value.float()    # a sum of float16 would soon overflow
-        if isinstance(value, torch.Tensor) and isinstance(self.total, torch.Tensor):
-            self.total = self.total.add(value, alpha=bs)    # one operation, not two
-        else:
-            self.total += value * bs
+        self.total = self.total.add(without_graph(torch.as_tensor(value)), alpha=bs)
         self.count += bs
 
     name = property(lambda self: func_name(self.func))
@@ -713,11 +692,10 @@ class AvgSmoothLoss(Metric):
 
     beta: weight of the past, 0 to below 1.
     """
-    name = 'smooth_loss'
+    name, count = 'smooth_loss', 0
 
     def __init__(self, beta=0.98):
         self.beta = beta
-        self.reset()
 
     def reset(self):
         """Forget all batches."""
@@ -767,10 +745,8 @@ def without_graph(t):
 
 def first_item(b):
     """The first item of `b`, the innermost one of nested tuples, lists and dicts."""
-    if isinstance(b, (tuple, list)) and b:
-        return first_item(b[0])
-    if isinstance(b, Mapping) and b:
-        return first_item(next(iter(b.values())))
+    while isinstance(b, (tuple, list, Mapping)) and b:
+        b = next(iter(b.values() if isinstance(b, Mapping) else b))
     return b
 
 def find_bs(b):
@@ -788,12 +764,10 @@ def accuracy(pred, target, axis=-1):
     if target.dim() > found.dim():    # or each would be compared with every other
         target = target.squeeze(-1)
     if pred.shape[axis] < 2 or found.shape != target.shape:
-        raise ValueError(f"accuracy of scores {tuple(pred.shape)} and targets "
-                         f"{tuple(target.shape)}: give 2 or more scores along axis "
-                         f"{axis}, and one class for each other position")
+        raise ValueError(f"scores {tuple(pred.shape)}, targets {tuple(target.shape)}: "
+                         f"give 2 or more scores along axis {axis} for each target")
     return (found == target).float().mean()
 
-# --------------------------------------------------------------------------------------
 # 5. Recorder: what happened, kept and printed
 # --------------------------------------------------------------------------------------
 
@@ -823,15 +797,14 @@ class Recorder(Callback):
         self.lrs, self.iters, self.losses, self.values, self.hps = [], [], [], [], {}
         self.log, self.learn.smooth_loss = [None], None
         metrics = [mk_metric(m) for m in listify(self.learn.metrics)]
-        self.train_mets, self.valid_mets = [AvgSmoothLoss(self.beta)], []
-        if self.train_metrics:
-            self.train_mets += metrics
-        if self.dls.valid is not None:
-            self.valid_mets = [AvgLoss(), *(metrics if self.valid_metrics else [])]
+        train = metrics if self.train_metrics else []
+        valid = metrics if self.valid_metrics else []
+        self.train_mets = [AvgSmoothLoss(self.beta), *train]
+        self.valid_mets = [] if self.dls.valid is None else [AvgLoss(), *valid]
         prefix = 'valid_' if self.train_metrics else ''
-        names = ['train_loss', *(f'train_{m.name}' for m in self.train_mets[1:])]
+        names = ['train_loss', *(f'train_{m.name}' for m in train)]
         if self.valid_mets:
-            names += ['valid_loss', *(prefix + m.name for m in self.valid_mets[1:])]
+            names += ['valid_loss', *(prefix + m.name for m in valid)]
         self.metric_names = ['epoch', *names, *(['time'] if self.add_time else [])]
 
     def before_epoch(self):
@@ -904,7 +877,6 @@ def format_time(seconds):
 
 defaults.callbacks.append(Recorder)
 
-# --------------------------------------------------------------------------------------
 # 6. Data: loaders of batches
 # --------------------------------------------------------------------------------------
 
@@ -921,7 +893,7 @@ class TensorLoader:
     def __init__(self, *tensors, bs=64, shuffle=False, drop_last=False):
         lengths = [len(t) for t in tensors]
         check(len({*lengths}) == 1, f"tensors of {lengths} rows: give as many of each")
-        check(bs > 0, f"bs={bs!r}: give the number of rows of a batch, 1 or more")
+        check(bs > 0, f"{bs=}: give the number of rows of a batch, 1 or more")
         self.dataset = data_tools.TensorDataset(*tensors)
         self.bs, self.shuffle, self.drop_last = bs, shuffle, drop_last
 
@@ -937,8 +909,7 @@ class TensorLoader:
             yield tuple(t.index_select(0, rows) for t in tensors)
 
     def __repr__(self):
-        rows = len(self.dataset)
-        return f'TensorLoader({rows} rows, bs={self.bs}, shuffle={self.shuffle})'
+        return f'TensorLoader({len(self.dataset)} rows, bs={self.bs})'
 
 class Keywords(dict):
     """Inputs that the model takes as keywords, since the batch was a dict."""
@@ -985,7 +956,7 @@ class DataLoaders:
         shuffle, drop_last: of the training loader. kwargs: see `DataLoaders`.
         Raises: ValueError if the numbers of rows differ.
         """
-        check(0 <= valid_pct < 1, f"valid_pct={valid_pct!r}: give a share below 1")
+        check(0 <= valid_pct < 1, f"{valid_pct=}: give a share below 1")
         xs, ys = as_tensors(x), as_tensors(y)
         kwargs.setdefault('n_inp', len(xs))
         train = TensorLoader(*xs, *ys, bs=bs, shuffle=shuffle, drop_last=drop_last)
@@ -1001,23 +972,21 @@ class DataLoaders:
         return cls(train, valid, device=device, **kwargs)
 
     @classmethod
-    def from_dsets(cls, train_ds, valid_ds=None, bs=64, shuffle=True, device=None,
-                   **kwargs):
+    def from_dsets(cls, train_ds, valid_ds=None, bs=64, shuffle=True, **kwargs):
         """DataLoaders over data sets.
 
         kwargs: path, vocab and the like are those of `DataLoaders`. All others go to
           torch's DataLoader; sampler and drop_last to that of the training alone.
         """
-        names = ('path', 'n_inp', 'vocab', 'decode', 'targets', 'split')
+        names = ('path', 'device', 'n_inp', 'vocab', 'decode', 'targets', 'split')
         own = {k: kwargs.pop(k) for k in names if k in kwargs}
         can_shuffle = not isinstance(train_ds, data_tools.IterableDataset)
         shuffle = shuffle and can_shuffle and kwargs.get('sampler') is None
-        train = data_tools.DataLoader(train_ds, bs, shuffle, **kwargs)
-        kwargs.update(drop_last=False, sampler=None)
-        valid = valid_ds
+        loaders = [data_tools.DataLoader(train_ds, bs, shuffle, **kwargs)]
         if valid_ds is not None:
-            valid = data_tools.DataLoader(valid_ds, bs, **kwargs)
-        return cls(train, valid, device=device, **own)
+            kwargs.update(drop_last=False, sampler=None)
+            loaders.append(data_tools.DataLoader(valid_ds, bs, **kwargs))
+        return cls(*loaders, **own)
 
     def __repr__(self):
         lengths = [length_hint(dl) or '?' for dl in self.loaders if dl is not None]
@@ -1036,15 +1005,14 @@ class DataLoaders:
         """Split a batch into the tuples `(xb, yb)`; of a dict, xb is `(inputs,)`."""
         if self.split:
             return tuple(map(tuplify, self.split(b)))
-        if isinstance(b, (tuple, list)):
-            n = self.n_inp or max(1, len(b) - 1)
-            return tuple(b[:n]), tuple(b[n:])
         if isinstance(b, Mapping):
             if not self.targets:
                 raise TypeError(f"of {list(b)}, say: DataLoaders(..., targets=key)")
             inputs = Keywords({k: v for k, v in b.items() if k not in self.targets})
             return (inputs,), tuple(b[k] for k in self.targets if k in b)
-        return (b,), ()
+        items = tuple(b) if isinstance(b, (tuple, list)) else (b,)
+        n = self.n_inp or max(1, len(items) - 1)
+        return items[:n], items[n:]
 
     def one_batch(self):
         """The first batch of a new pass over the training loader, on the device."""
@@ -1088,8 +1056,8 @@ def map_tensors(f, b):
             new[k] = map_tensors(f, v)
         return new
     if dataclasses.is_dataclass(b) and not isinstance(b, type):
-        names = [field.name for field in dataclasses.fields(b)]
-        return dataclasses.replace(b, **{k: map_tensors(f, getattr(b, k)) for k in names})
+        values = {field.name: getattr(b, field.name) for field in dataclasses.fields(b)}
+        return dataclasses.replace(b, **map_tensors(f, values))
     return b
 
 def tensors_in(b):
@@ -1115,7 +1083,6 @@ def default_device():
     mps = 'mps' if torch.backends.mps.is_available() else 'cpu'
     return torch.device('cuda' if torch.cuda.is_available() else mps)
 
-# --------------------------------------------------------------------------------------
 # 7. Optimizer: a chain of small step functions makes any of them
 # --------------------------------------------------------------------------------------
 # A step function takes a parameter `p` (its gradient is `p.grad`) and, by keyword, the
@@ -1139,14 +1106,12 @@ def l2_reg(p, lr, wd, do_wd=True, **kwargs):
 
 def average_grad(p, mom, dampening=False, grad_avg=None, **kwargs):
     """grad_avg = mom * grad_avg + grad, from 0; with dampening: + (1 - mom) * grad."""
-    if grad_avg is None:
-        grad_avg = p.grad.data.mul(0)
+    grad_avg = p.grad.data.mul(0) if grad_avg is None else grad_avg
     return {'grad_avg': grad_avg.mul_(mom).add_(p.grad.data, alpha=1 - dampening * mom)}
 
 def average_sqr_grad(p, sqr_mom, dampening=True, sqr_avg=None, **kwargs):
     """sqr_avg = sqr_mom * sqr_avg + (1 - sqr_mom) * grad**2; undamped: + grad**2."""
-    if sqr_avg is None:
-        sqr_avg = p.grad.data.mul(0)
+    sqr_avg = p.grad.data.mul(0) if sqr_avg is None else sqr_avg
     grad, damp = p.grad.data, 1 - dampening * sqr_mom
     return {'sqr_avg': sqr_avg.mul_(sqr_mom).addcmul_(grad, grad, value=damp)}
 
@@ -1222,8 +1187,7 @@ class Optimizer:
         self.hypers[i][k] = value
 
     def __repr__(self):
-        sizes, lrs = map(len, self.param_lists), [h.get('lr') for h in self.hypers]
-        return f'{type(self).__name__}(groups of {[*sizes]} parameters, lr={lrs})'
+        return f'{type(self).__name__}({self.hypers})'
 
     def set_hypers(self, **kwargs):
         """`set_hyper` for every keyword."""
@@ -1243,10 +1207,8 @@ class Optimizer:
     def zero_grad(self, set_to_none=True):
         """Forget all gradients; `set_to_none=False` fills them with 0 instead."""
         for p in [p for group in self.param_lists for p in group]:
-            if set_to_none:
-                p.grad = None
-            elif p.grad is not None:
-                p.grad.detach_().zero_()
+            is_kept = not set_to_none and p.grad is not None
+            p.grad = p.grad.detach_().zero_() if is_kept else None
 
 def run_step(f, p, state, hyper):
     """What the step function `f` returns for `p`, a dict; an error says what it got."""
@@ -1272,8 +1234,7 @@ def norm_bias_params(model, with_bias=True):
 def as_groups(params):
     """Lists of parameters from parameters, iterables of them, or a single tensor."""
     params = [params] if isinstance(params, torch.Tensor) else list(params)
-    check(not any(isinstance(p, dict) for p in params), "groups as dicts are for "
-          "torch's optimizers: give lists of parameters, and set_hyper per group")
+    check(dict not in map(type, params), "dict groups are torch's: give lists instead")
     is_one = [isinstance(p, torch.Tensor) or not hasattr(p, '__iter__') for p in params]
     return [params] if any(is_one) or not params else [list(p) for p in params]
 
@@ -1309,12 +1270,10 @@ def Adam(params, lr, mom=0.9, sqr_mom=0.99, eps=1e-5, wd=0.01, decouple_wd=True)
 
     Equals torch.optim.AdamW, or Adam for `decouple_wd=False`; betas are mom, sqr_mom.
     """
-    steps = [weight_decay if decouple_wd else l2_reg]
-    steps += [partial(average_grad, dampening=True), average_sqr_grad]
-    steps += [step_stat, adam_step]
+    steps = [weight_decay if decouple_wd else l2_reg, average_sqr_grad, step_stat,
+             partial(average_grad, dampening=True), adam_step]
     return Optimizer(params, steps, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
 
-# --------------------------------------------------------------------------------------
 # PART II: The rest of fastai's Learner
 # --------------------------------------------------------------------------------------
 # Part I knows nothing of what follows. Each section plugs in as your own code can: by
@@ -1342,7 +1301,6 @@ def patch(f):
     setattr(cls, f.__name__, f)
     return f.__globals__.get(f.__name__, f)
 
-# --------------------------------------------------------------------------------------
 # 8. Shared by several sections: contexts, random numbers, processes
 # --------------------------------------------------------------------------------------
 # Needs: Part I only
@@ -1467,7 +1425,6 @@ def to_detach_from_dl(learn, b, cpu=True, gather=True):
 
 Learner.to_detach = to_detach_from_dl
 
-# --------------------------------------------------------------------------------------
 # 9. Schedules: hyper-parameters as functions of the progress of training
 # --------------------------------------------------------------------------------------
 # Needs: 8; 19 to draw
@@ -1662,7 +1619,6 @@ def suggest_lrs(recorder, num_it, funcs):
     kind = namedtuple('SuggestedLRs', map(func_name, funcs), rename=True)
     return kind(*(float(f(lrs, losses, num_it)) for f in funcs))
 
-# --------------------------------------------------------------------------------------
 # 10. Inference: predictions in the order of the data, which disturb nothing
 # --------------------------------------------------------------------------------------
 # Needs: 8
@@ -1900,7 +1856,6 @@ def tta(self: Learner, ds_idx=1, dl=None, n=4, item_tfms=None, batch_tfms=None,
     mixed = torch.maximum(augmented, plain) if use_max else augmented.lerp(plain, beta)
     return mixed, targets
 
-# --------------------------------------------------------------------------------------
 # 11. Saving: files that open with stock torch.load, and never run code
 # --------------------------------------------------------------------------------------
 # Needs: 8
@@ -2085,7 +2040,6 @@ def load_learner(fname, cpu=True):
         learn.dls.cpu()
     return learn
 
-# --------------------------------------------------------------------------------------
 # 12. Transfer: train the last layers first
 # --------------------------------------------------------------------------------------
 # Needs: 8, 9
@@ -2153,7 +2107,6 @@ def fine_tune(self: Learner, epochs, base_lr=2e-3, freeze_epochs=1, lr_mult=100,
     lrs = slice(base_lr / 2 / lr_mult, base_lr / 2)
     self.fit_one_cycle(epochs, lrs, pct_start=pct_start, div=div, **kwargs)
 
-# --------------------------------------------------------------------------------------
 # 13. More optimizers: RMSProp, and torch's, by opt_func=torch.optim.AdamW
 # --------------------------------------------------------------------------------------
 # Needs: Part I only
@@ -2268,7 +2221,6 @@ def set_opt(learn, opt):
 
 Learner.opt = property(lambda self: vars(self).get('_opt'), set_opt)
 
-# --------------------------------------------------------------------------------------
 # 14. A shelf of callbacks and metrics: take what you need
 # --------------------------------------------------------------------------------------
 # Needs: 8; 11 to save
@@ -2473,7 +2425,6 @@ class RNNRegularizer(Callback):
             self.learn.loss = self.loss + penalty
         self.raw_out = self.out = None    # they hold the graph
 
-# --------------------------------------------------------------------------------------
 # 15. Mixed precision: half the bits where these are enough
 # --------------------------------------------------------------------------------------
 # Needs: 8, 13
@@ -2550,7 +2501,6 @@ def to_fp32(self: Learner):
     """Train in full precision again."""
     return self.remove_cb(MixedPrecision)
 
-# --------------------------------------------------------------------------------------
 # 16. Checkpoints: a training that was killed goes on
 # --------------------------------------------------------------------------------------
 # Needs: 8, 11, 12
@@ -2652,7 +2602,6 @@ def load_state_dict(self: Recorder, state):
         smooth.value, smooth.count = self.losses[-1], len(self.losses)
         self.learn.smooth_loss, self.learn.final_record = smooth.value, self.values[-1]
 
-# --------------------------------------------------------------------------------------
 # 17. Many processes: the same training on several GPUs, or on several CPU cores
 # --------------------------------------------------------------------------------------
 # Needs: 8, 10
@@ -2791,7 +2740,6 @@ def distrib_ctx(self: Learner, **kwargs):
         torch.distributed.barrier()    # so that what one has saved, all can load
     atexit.register(leave_group)
 
-# --------------------------------------------------------------------------------------
 # 18. Speed: the step functions, unchanged, on many parameters at once
 # --------------------------------------------------------------------------------------
 # Needs: 13
@@ -2846,7 +2794,6 @@ def step(self: Optimizer):
             for state, value in zip(states, values):
                 state[k] = value
 
-# --------------------------------------------------------------------------------------
 # 19. Pictures and progress: data, predictions, the course of a training
 # --------------------------------------------------------------------------------------
 # Needs: 8, 10
@@ -3020,7 +2967,6 @@ def init_args(self):
 
 Learner.init_args = property(init_args)
 
-# --------------------------------------------------------------------------------------
 # 20. Demo: a small network learns MNIST-1D, a data set that needs no download
 # --------------------------------------------------------------------------------------
 # Needs: 9, 19
