@@ -57,6 +57,7 @@ from torch import nn
 from torch.utils import data as data_tools
 
 # PART I: The Learner, from scratch
+# --------------------------------------------------------------------------------------
 
 # 1. The plain loop: everything below replaces one hard-coded part of it
 # --------------------------------------------------------------------------------------
@@ -417,8 +418,7 @@ class Learner:
             self._handlers[name] = self.ordered_cbs(name)
         for cb in self._handlers[name]:
             try:
-                if cb.learn is self:    # the one before may have removed it
-                    cb(name)
+                cb(name)
             except BaseException as e:
                 e.add_note(f"raised by the callback {cb!r} in {name}")
                 if error is None or breadth(e) > breadth(error):
@@ -534,8 +534,7 @@ class Learner:
         model = vars(self).get('model')
         if k.startswith('__') or not hasattr(model, k):
             near = difflib.get_close_matches(k, dir(type(self)), 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ''
-            raise AttributeError(f"neither the Learner nor its model has {k!r}{hint}")
+            raise AttributeError(f"Learner and model lack {k!r}; similar: {near}")
         return getattr(model, k)
 
     def __repr__(self):
@@ -544,7 +543,7 @@ class Learner:
 def check_parts(dls, model, loss_func, opt_func):
     """Refuse what is easily mixed up when a Learner is made; see there."""
     ok = isinstance(dls, DataLoaders)
-    check(ok, f"dls is a {type(dls).__name__}: give DataLoaders(train, valid)", TypeError)
+    check(ok, f"dls is {type(dls)}: give DataLoaders(train, valid)", TypeError)
     check(isinstance(model, nn.Module), f"{model=}: give an object, Net()", TypeError)
     loss_func = loss_func or getattr(dls.train_ds, 'loss_func', None)
     ok = callable(loss_func) and not isinstance(loss_func, type)
@@ -561,8 +560,8 @@ def newest(learn, cbs):
     taken = {*dir(type(learn)), *vars(learn)} - {cb.name for cb in learn.cbs}
     kinds = {cb.name: type(cb) for cb in cbs}
     for cb in cbs:
-        is_same = full_name(type(cb)) == full_name(kinds[cb.name])
-        check(is_same and cb.name not in taken, f"{cb!r}: the name {cb.name!r} is taken")
+        ok = cb.name not in taken and full_name(type(cb)) == full_name(kinds[cb.name])
+        check(ok, f"{cb!r}: the name {cb.name!r} is taken; rename its class")
     return [cb for cb in dict.fromkeys(cbs) if type(cb) is kinds[cb.name]]
 
 def full_name(cls):
@@ -710,29 +709,15 @@ class AvgSmoothLoss(Metric):
         share = (1 - self.beta) / (1 - self.beta ** self.count)
         self.value = loss if self.count == 1 else self.value.lerp(loss, share)
 
-class ObjectMetric(Metric):
-    """An object with update(pred, *yb), compute() and reset(), as in torchmetrics."""
-    def __init__(self, metric):
-        self.metric, self.reset = metric, metric.reset
-
-    def accumulate(self, learn):
-        """Update the object, on the device of the batch."""
-        if hasattr(self.metric, 'to'):
-            self.metric.to(learn.dls.device)
-        self.metric.update(map_tensors(without_graph, learn.pred), *learn.yb)
-
-    value = property(lambda self: self.metric.compute())
-    name = property(lambda self: class2attr(self.metric, 'Metric'))
-
 def mk_metric(m):
-    """`m` as a `Metric`: a class is called, an object wrapped, a function averaged."""
+    """`m` as a `Metric`: a class is called, and a function is averaged.
+
+    Section 14 replaces this: it also wraps objects like those of torchmetrics.
+    """
     m = m() if isinstance(m, type) else m
-    if isinstance(m, Metric):
-        return m
-    if all(hasattr(m, k) for k in ('update', 'compute', 'reset')):
-        return ObjectMetric(m)
-    check(callable(m), f"metric {m!r}: give a function of (pred, target)", TypeError)
-    return AvgMetric(m)
+    ok = callable(m) or isinstance(m, Metric)
+    check(ok, f"metric {m!r}: give a function of (pred, target)", TypeError)
+    return m if isinstance(m, Metric) else AvgMetric(m)
 
 def batch_loss(learn):
     """The loss of the batch as one number, without its graph."""
@@ -784,9 +769,8 @@ class Recorder(Callback):
     values: all rows, without epoch and time; the last is `learn.final_record`. A pass
       that was cancelled leaves None.
     """
-    order, hps = 50, {}
-    train_mets = valid_mets = train_row = valid_row = ()
-    lrs = losses = iters = values = ()
+    order, hps, row = 50, {}, []
+    train_mets = valid_mets = lrs = losses = iters = values = ()
 
     def __init__(self, add_time=True, train_metrics=False, valid_metrics=True,
                  beta=0.98):
@@ -809,8 +793,7 @@ class Recorder(Callback):
 
     def before_epoch(self):
         self.start = time.perf_counter()
-        self.train_row = [None] * len(self.train_mets)
-        self.valid_row = [None] * len(self.valid_mets)
+        self.row = [None] * len(self.train_mets + self.valid_mets)
 
     def before_train(self):
         """Reset the metrics; the smoothed loss goes on through the epochs."""
@@ -839,19 +822,17 @@ class Recorder(Callback):
 
     def after_train(self):
         if self.completed:
-            self.train_row = [final_value(m) for m in self.train_mets]
+            self.row[:len(self.train_mets)] = map(final_value, self.train_mets)
             if len(self.losses) == (self.iters or [0])[-1]:
                 warnings.warn("nothing was trained: no batch with a target was done")
 
     def after_validate(self):
         if self.completed:
-            self.valid_row = [final_value(m) for m in self.valid_mets]
+            self.row[len(self.train_mets):] = map(final_value, self.valid_mets)
 
     def after_epoch(self):
         """Keep and show the row, unless the whole epoch was skipped."""
-        row = self.train_row + self.valid_row
-        # an epoch that is cancelled in before_epoch must not show this row again
-        self.train_row, self.valid_row = (), ()
+        row, self.row = self.row, []    # the next epoch may be cancelled at once
         if all(value is None for value in row):
             return
         self.iters.append(len(self.losses))
@@ -934,7 +915,7 @@ class DataLoaders:
         self.train, self.valid, self.others = train, valid, others
         for dl in [train, *(dl for dl in self.loaders if dl is not None)]:
             ok = not isinstance(dl, (type(None), Iterator, data_tools.Dataset))
-            check(ok, f"{type(dl).__name__} is no loader: see from_dsets", TypeError)
+            check(ok, f"{type(dl).__name__} is no loader: give a DataLoader", TypeError)
         self.path, self.vocab, self.decode = Path(path), vocab, decode
         self.n_inp = n_inp or getattr(self.train, 'n_inp', None)
         self.targets, self.split = listify(targets), split
@@ -958,7 +939,6 @@ class DataLoaders:
         """
         check(0 <= valid_pct < 1, f"{valid_pct=}: give a share below 1")
         xs, ys = as_tensors(x), as_tensors(y)
-        kwargs.setdefault('n_inp', len(xs))
         train = TensorLoader(*xs, *ys, bs=bs, shuffle=shuffle, drop_last=drop_last)
         held_out = [t for part in listify(valid) for t in as_tensors(part)]
         if valid is None and valid_pct:
@@ -969,24 +949,7 @@ class DataLoaders:
             train.dataset.tensors = tuple(t[rows] for t in tensors)
             held_out = [t[others] for t in tensors]
         valid = TensorLoader(*held_out, bs=bs) if held_out else None
-        return cls(train, valid, device=device, **kwargs)
-
-    @classmethod
-    def from_dsets(cls, train_ds, valid_ds=None, bs=64, shuffle=True, **kwargs):
-        """DataLoaders over data sets.
-
-        kwargs: path, vocab and the like are those of `DataLoaders`. All others go to
-          torch's DataLoader; sampler and drop_last to that of the training alone.
-        """
-        names = ('path', 'device', 'n_inp', 'vocab', 'decode', 'targets', 'split')
-        own = {k: kwargs.pop(k) for k in names if k in kwargs}
-        can_shuffle = not isinstance(train_ds, data_tools.IterableDataset)
-        shuffle = shuffle and can_shuffle and kwargs.get('sampler') is None
-        loaders = [data_tools.DataLoader(train_ds, bs, shuffle, **kwargs)]
-        if valid_ds is not None:
-            kwargs.update(drop_last=False, sampler=None)
-            loaders.append(data_tools.DataLoader(valid_ds, bs, **kwargs))
-        return cls(*loaders, **own)
+        return cls(train, valid, device=device, **{'n_inp': len(xs), **kwargs})
 
     def __repr__(self):
         lengths = [length_hint(dl) or '?' for dl in self.loaders if dl is not None]
@@ -1234,7 +1197,7 @@ def norm_bias_params(model, with_bias=True):
 def as_groups(params):
     """Lists of parameters from parameters, iterables of them, or a single tensor."""
     params = [params] if isinstance(params, torch.Tensor) else list(params)
-    check(dict not in map(type, params), "dict groups are torch's: give lists instead")
+    check(dict not in map(type, params), "groups are dicts: give lists of parameters")
     is_one = [isinstance(p, torch.Tensor) or not hasattr(p, '__iter__') for p in params]
     return [params] if any(is_one) or not params else [list(p) for p in params]
 
@@ -1697,12 +1660,11 @@ def in_order(dl, rows=None, drop_last=False, generator=OWN_GENERATOR):
 @patch
 def validate(self: Learner, ds_idx=1, dl=None, cbs=None):
     """`[loss, *metrics]`, plain numbers, of all rows of loader `ds_idx`, or of `dl`."""
-    recorder = Recorder()
-    metrics = [mk_metric(m) for m in listify(self.metrics)]
+    recorder, metrics = Recorder(), [mk_metric(m) for m in listify(self.metrics)]
     kept = {id(o): o for o in (self, *self.cbs)}    # a metric may ask a callback
-    recorder.valid_mets = [AvgLoss(), *copy.deepcopy(metrics, kept)]
+    recorder.valid_mets, recorder.row = [AvgLoss(), *copy.deepcopy(metrics, kept)], []
     run_validation(self, ds_idx, dl, True, [recorder, *listify(cbs)])
-    return recorder.valid_row
+    return recorder.row
 
 class GatherPredsCallback(Callback):
     """Collects inputs, predictions, targets and losses of one pass, on the CPU.
@@ -2221,9 +2183,27 @@ def set_opt(learn, opt):
 
 Learner.opt = property(lambda self: vars(self).get('_opt'), set_opt)
 
-# 14. A shelf of callbacks and metrics: take what you need
+# 14. A shelf of loaders, metrics and callbacks: take what you need
 # --------------------------------------------------------------------------------------
 # Needs: 8; 11 to save
+
+def from_dsets(cls, train_ds, valid_ds=None, bs=64, shuffle=True, **kwargs):
+    """DataLoaders over data sets.
+
+    kwargs: path, vocab and the like are those of `DataLoaders`. All others go to
+      torch's DataLoader; sampler and drop_last to that of the training alone.
+    """
+    names = ('path', 'device', 'n_inp', 'vocab', 'decode', 'targets', 'split')
+    own = {k: kwargs.pop(k) for k in names if k in kwargs}
+    can_shuffle = not isinstance(train_ds, data_tools.IterableDataset)
+    shuffle = shuffle and can_shuffle and kwargs.get('sampler') is None
+    loaders = [data_tools.DataLoader(train_ds, bs, shuffle, **kwargs)]
+    if valid_ds is not None:
+        kwargs.update(drop_last=False, sampler=None)
+        loaders.append(data_tools.DataLoader(valid_ds, bs, **kwargs))
+    return cls(*loaders, **own)
+
+DataLoaders.from_dsets = classmethod(from_dsets)
 
 def before_batch_cb(f):
     """Decorator: a callback that replaces each batch by `f(self, xb, yb) -> xb, yb`.
@@ -2246,6 +2226,28 @@ class ValueMetric(Metric):
         self.func, self.name = func, metric_name or func_name(func)
 
     value = property(lambda self: self.func())
+
+class ObjectMetric(Metric):
+    """An object with update(pred, *yb), compute() and reset(), as in torchmetrics."""
+    def __init__(self, metric):
+        self.metric, self.reset = metric, metric.reset
+
+    def accumulate(self, learn):
+        """Update the object, on the device of the batch."""
+        if hasattr(self.metric, 'to'):
+            self.metric.to(learn.dls.device)
+        self.metric.update(map_tensors(without_graph, learn.pred), *learn.yb)
+
+    value = property(lambda self: self.metric.compute())
+    name = property(lambda self: class2attr(self.metric, 'Metric'))
+
+mk_simple_metric = mk_metric
+
+def mk_metric(m):
+    """`m` as a `Metric`: a class is called, an object wrapped, a function averaged."""
+    m = m() if isinstance(m, type) else m
+    is_object = all(hasattr(m, k) for k in ('update', 'compute', 'reset'))
+    return ObjectMetric(m) if is_object else mk_simple_metric(m)
 
 class TerminateOnNaNCallback(Callback):
     """Ends the training before a loss that is NaN or infinite reaches the weights.
