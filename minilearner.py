@@ -61,7 +61,6 @@ from torch.utils import data as data_tools
 
 # 1. The plain loop: everything below replaces one hard-coded part of it
 # --------------------------------------------------------------------------------------
-
 def fit_plain(model, train, valid, loss_func, opt, n_epoch):
     """Train `model` with a hand-written loop.
 
@@ -172,12 +171,7 @@ def listify(o):
     return list(o) if isinstance(o, (list, tuple)) else [o]
 
 def class2attr(obj, suffix):
-    """Name of `obj`'s class in snake case, without `suffix`.
-
-    >>> class TestTrainEvalCallback: pass
-    >>> class2attr(TestTrainEvalCallback(), 'Callback')
-    'test_train_eval'
-    """
+    """Class name in snake case, without suffix: MyClipCallback is 'my_clip'."""
     name = type(obj).__name__.removesuffix(suffix) or suffix
     return re.sub('(?<=[a-z0-9])(?=[A-Z])|(?<=.)(?=[A-Z][a-z])', '_', name).lower()
 
@@ -189,8 +183,8 @@ class Callback:
                 nn.utils.clip_grad_norm_(self.model.parameters(), 1.)
 
     `Callback(before_step=f)` makes one from a function that takes the callback.
-    What a callback lacks is looked up in its learner: `self.loss` is `self.learn.loss`.
-    To change it there, write `self.learn.loss = ...`.
+    What a callback lacks is looked up in its learner: `self.loss` is `self.learn.loss`;
+    to change it there, write `self.learn.loss = ...`.
     order: lower runs first; equal ones run in the order of adding.
     run_before, run_after: a callback class or a list of them; stronger than `order`.
     run: False skips all events; the end of the fit sets it back to True.
@@ -241,8 +235,7 @@ class Callback:
     def __repr__(self):
         return type(self).__name__
 
-    # the attribute of the Learner under which the callback is found
-    name = property(lambda self: class2attr(self, 'Callback'))
+    name = property(lambda self: class2attr(self, 'Callback'), doc="As `learn.<name>`.")
 
 def must_precede(a, b):
     """Whether callback `a` has to run before `b`, by `run_before` or `run_after`."""
@@ -251,7 +244,6 @@ def must_precede(a, b):
 
 # 3. The Learner: a model, data, a loss, an optimizer, and the loop that joins them
 # --------------------------------------------------------------------------------------
-
 # Read whenever a Learner is made. Sections 3 and 5 add the callbacks.
 defaults = types.SimpleNamespace(lr=1e-3, callbacks=[])
 
@@ -262,16 +254,14 @@ class Learner:
     model: an nn.Module; attributes that the Learner lacks are looked up there.
     loss_func: called as `loss_func(pred, *yb)`; default: `dls.train_ds.loss_func`.
     opt_func: called as `opt_func(params, lr=lr)`; default: `Adam`.
-    lr: learning rate of fits that are given none; default: `defaults.lr`, 0.001. If
-      opt_func is a `partial` with an `lr`, that one counts.
-    splitter: function from the model to its parameters, or to a list of groups of them;
-      default: `trainable_params`.
+    lr: learning rate unless `fit` gets one; an `lr` in a `partial` opt_func wins;
+      default: `defaults.lr`, 0.001.
+    splitter: function from the model to lists of parameters, the groups; default: one.
     cbs: callbacks, or classes of them, that join those of `defaults.callbacks`.
     metrics: functions of `(pred, *yb)` or objects; see `mk_metric`.
     path, model_dir: files are saved in path/model_dir; default path: that of `dls`.
     wd: weight decay; default: that of the optimizer.
-    wd_bn_bias: whether biases and norm layers are decayed, too; by torch's optimizers
-      they always are.
+    wd_bn_bias: decay biases and norm layers, too (torch's optimizers always do).
     train_bn: whether norm layers train although their group is frozen.
     moms: momentum at the start, peak and end of a one-cycle fit.
     default_cbs: False leaves out `defaults.callbacks`; then bring your own.
@@ -301,12 +291,10 @@ class Learner:
         self('after_create')
 
     # ---- the loop
-
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
         """Train for `n_epoch` epochs.
 
-        lr, wd: for this fit, as in `Optimizer.set_hyper`; default: the Learner's, else
-          the optimizer's own wd.
+        lr, wd: see `Optimizer.set_hyper`; default: the Learner's; else its own wd.
         cbs: callbacks for this fit only. reset_opt: begin with a new optimizer.
         start_epoch: skip the epochs before it; schedules go on as if they had run.
         If an error ends the fit, `xb, yb, pred, loss` stay for your debugger.
@@ -367,10 +355,7 @@ class Learner:
                 self._train_step()
 
     def call_model(self):
-        """What the model makes of `xb`: of an output that has `logits`, these.
-
-        To keep more of the output, override it in a subclass.
-        """
+        """The output of the model for `xb`; if it has `logits`, only these."""
         xb = self.xb
         pred = self.model(**xb[0]) if isinstance(xb[0], Keywords) else self.model(*xb)
         if isinstance(pred, torch.Tensor):    # asked first, as it is what costs least
@@ -409,16 +394,17 @@ class Learner:
             self._fire(f'after_{name}', error)
 
     def _fire(self, name, error=None):
-        """Call the callbacks that define the event `name`; an error says which one.
+        """Call the callbacks that define the event `name`; errors name the callback.
 
-        error: the exception that is ending the part, if one is. What a callback raises
-        replaces it only if it ends more; else it becomes a note of it.
+        If `error` is ending the part, what a callback raises replaces it only if it
+        ends more; otherwise it becomes a note of `error`.
         """
         if name not in self._handlers:
             self._handlers[name] = self.ordered_cbs(name)
         for cb in self._handlers[name]:
             try:
-                cb(name)
+                if cb.learn is self:    # the one before may have removed it
+                    cb(name)
             except BaseException as e:
                 e.add_note(f"raised by the callback {cb!r} in {name}")
                 if error is None or breadth(e) > breadth(error):
@@ -441,7 +427,6 @@ class Learner:
     y = property(lambda self: detuplify(self.yb), doc="`yb`, without a tuple of one.")
 
     # ---- the optimizer
-
     def ensure_opt(self, reset=False):
         """The optimizer; a new one if `reset`, or if the model has others to train."""
         params = {*trainable_params(self.model)}
@@ -470,7 +455,6 @@ class Learner:
         return self.opt_func(params, lr=lr)
 
     # ---- its callbacks
-
     @property
     def cbs(self):
         """The callbacks, in the order of adding. Each is also `learn.<name>`."""
@@ -491,10 +475,9 @@ class Learner:
         self._cbs, self._handlers = cbs, {}
 
     def add_cbs(self, cbs):
-        """Register a callback (a class is instantiated) or a list; returns the learner.
+        """Register a callback or a class, or a list of these; returns the learner.
 
         If a notebook's cell defines a class again, its callbacks replace the old ones.
-        Raises: ValueError if a name is taken: only callbacks of one class share it.
         """
         self.cbs = self._cbs + listify(cbs)
         return self
@@ -551,10 +534,7 @@ def check_parts(dls, model, loss_func, opt_func):
     check(callable(opt_func or Adam), f"{opt_func=}: give, say, SGD", TypeError)
 
 def newest(learn, cbs):
-    """Callbacks to register, each once, without those whose class was defined again.
-
-    Raises: TypeError for what is no callback, ValueError for a name that is taken.
-    """
+    """The callbacks, once each, without those whose class was defined again since."""
     for cb in cbs:
         check(isinstance(cb, Callback), f"{cb!r} is not a Callback", TypeError)
     taken = {*dir(type(learn)), *vars(learn)} - {cb.name for cb in learn.cbs}
@@ -565,12 +545,9 @@ def newest(learn, cbs):
     return [cb for cb in dict.fromkeys(cbs) if type(cb) is kinds[cb.name]]
 
 def full_name(cls):
-    """Module and name of a class: the same if a notebook's cell defines it again.
-
-    A class that a function makes is another one each time.
-    """
-    name = (cls.__module__, cls.__qualname__)
-    return cls if '<locals>' in cls.__qualname__ else name
+    """Module and name of a class, which stay if a notebook's cell defines it again."""
+    # but a class that a function makes is another one each time
+    return cls if '<locals>' in cls.__qualname__ else (cls.__module__, cls.__qualname__)
 
 def tuplify(o):
     """A tuple as it is, anything else as a tuple of one."""
@@ -629,7 +606,6 @@ defaults.callbacks.append(TrainEvalCallback)
 
 # 4. Metrics: numbers about a whole pass, exact also if the last batch is smaller
 # --------------------------------------------------------------------------------------
-
 class Metric:
     """Base class: `reset` before a pass, `accumulate` after every batch, then `value`.
 
@@ -651,8 +627,8 @@ class Metric:
 class AvgMetric(Metric):
     """Mean of `func(pred, *yb)` over all samples, that is, weighted by batch size.
 
-    func: returns a number, or a tensor or array of one. The metric has its name.
-    total, count: the sums so far. Without a sample, the value is None.
+    func: returns a number, or a tensor or array of one; its name is the metric's.
+    total, count: the weighted sum so far, and the number of samples.
     """
     def __init__(self, func):
         self.func = func
@@ -687,10 +663,7 @@ class AvgLoss(AvgMetric):
         self.add(batch_loss(learn), find_bs(learn.yb))
 
 class AvgSmoothLoss(Metric):
-    """Moving average of the training loss, debiased; a 0-d tensor.
-
-    beta: weight of the past, 0 to below 1.
-    """
+    """Debiased moving average of the training loss; `beta` (< 1) weighs the past."""
     name, count = 'smooth_loss', 0
 
     def __init__(self, beta=0.98):
@@ -710,10 +683,7 @@ class AvgSmoothLoss(Metric):
         self.value = loss if self.count == 1 else self.value.lerp(loss, share)
 
 def mk_metric(m):
-    """`m` as a `Metric`: a class is called, and a function is averaged.
-
-    Section 14 replaces this: it also wraps objects like those of torchmetrics.
-    """
+    """`m` as a `Metric`: functions are averaged; section 14 wraps objects, too."""
     m = m() if isinstance(m, type) else m
     ok = callable(m) or isinstance(m, Metric)
     check(ok, f"metric {m!r}: give a function of (pred, target)", TypeError)
@@ -755,7 +725,6 @@ def accuracy(pred, target, axis=-1):
 
 # 5. Recorder: what happened, kept and printed
 # --------------------------------------------------------------------------------------
-
 class Recorder(Callback):
     """Keeps losses, learning rates and metrics; gives the logger a row for every epoch.
 
@@ -860,16 +829,12 @@ defaults.callbacks.append(Recorder)
 
 # 6. Data: loaders of batches
 # --------------------------------------------------------------------------------------
-
 class TensorLoader:
     """Cuts batches from tensors in memory by one index each, not sample by sample.
 
     tensors: (N, ...) with the same N each, inputs first; on any device.
     bs: rows of a batch; the last may have fewer, or is left out by `drop_last`.
     shuffle: a new order each epoch, from torch's global generator.
-
-    >>> [b[0].tolist() for b in TensorLoader(torch.arange(5), bs=2)]
-    [[0, 1], [2, 3], [4]]
     """
     def __init__(self, *tensors, bs=64, shuffle=False, drop_last=False):
         lengths = [len(t) for t in tensors]
@@ -883,11 +848,10 @@ class TensorLoader:
         return full + (rest > 0 and not self.drop_last)
 
     def __iter__(self):
-        tensors = self.dataset.tensors
         make_order = torch.randperm if self.shuffle else torch.arange
-        order = make_order(len(self.dataset), device=tensors[0].device)
+        order = make_order(len(self.dataset), device=self.dataset.tensors[0].device)
         for rows in order.split(self.bs)[:len(self)]:
-            yield tuple(t.index_select(0, rows) for t in tensors)
+            yield tuple(t.index_select(0, rows) for t in self.dataset.tensors)
 
     def __repr__(self):
         return f'TensorLoader({len(self.dataset)} rows, bs={self.bs})'
@@ -993,21 +957,15 @@ class DataLoaders:
     cuda, cpu = partialmethod(to, 'cuda'), partialmethod(to, 'cpu')
 
 def as_tensors(o):
-    """List of tensors from a tensor, an array, or a tuple of these; None is empty.
-
-    Arrays of floats get torch's default dtype, as NumPy's own default is float64.
-    """
-    def convert(a):
+    """List of tensors from a tensor, an array, or a tuple of these; None is empty."""
+    def convert(a):    # floats of an array, float64 in NumPy, to torch's default
         t = torch.as_tensor(a)
         stays = isinstance(a, torch.Tensor) or not t.is_floating_point()
         return t if stays else t.to(torch.get_default_dtype())
     return [] if o is None else [convert(a) for a in tuplify(o)]
 
 def map_tensors(f, b):
-    """Apply `f` to all tensors in nested tuples, lists, dicts and dataclasses.
-
-    All of these keep their type.
-    """
+    """Apply `f` to all tensors in tuples, lists, dicts and dataclasses; types stay."""
     if isinstance(b, torch.Tensor):
         return f(b)
     if isinstance(b, (tuple, list)):
@@ -1087,18 +1045,11 @@ def step_stat(p, step=0, **kwargs):
     return {'step': step + 1}
 
 def debias(mom, damp, step):
-    """Sum of the weights in a moving average from 0 after `step` steps: divide by it.
-
-    >>> round(debias(0.9, 0.1, 2), 2)       # 0.1 for this gradient, 0.09 for the last
-    0.19
-    """
+    """Sum of the weights in a moving average from 0 after `step` steps: divide by it."""
     return damp * (1 - mom**step) / (1 - mom)
 
 def adam_step(p, lr, mom, step, sqr_mom, grad_avg, sqr_avg, eps, **kwargs):
-    """p -= lr * g / (sqrt(s) + eps), where g and s are grad_avg and sqr_avg, debiased.
-
-    Source: Kingma and Ba, 'Adam: A Method for Stochastic Optimization', 2015.
-    """
+    """p -= lr * grad_avg / (sqrt(sqr_avg) + eps), debiased. Kingma and Ba, 2015."""
     debias1, debias2 = debias(mom, 1 - mom, step), debias(sqr_mom, 1 - sqr_mom, step)
     denom = sqr_avg.div(debias2).sqrt_().add_(eps)
     p.data.addcdiv_(grad_avg, denom, value=-lr / debias1)
@@ -1110,9 +1061,6 @@ class Optimizer:
     cbs: a step function or a list; an attribute `defaults` of one is a dict of hypers.
     train_bn: not used here, see `Learner`. defaults: hypers of all groups.
     Source: fastbook chapter 16.
-
-    >>> Optimizer([1, 2, 3], sgd_step, lr=0.1).hypers
-    [{'lr': 0.1}]
     """
     # what a Learner remembers: the parameters it was made for; its wd before any fit
     made_for = own_wd = None
@@ -1159,10 +1107,7 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self):
-        """Run the step functions on every parameter that has a gradient.
-
-        Section 18 replaces this: it steps many parameters at once.
-        """
+        """Step each parameter that has a gradient; section 18 steps many at once."""
         for p, _, state, hyper in self.all_params(with_grad=True):
             for f in self.cbs:
                 state.update(run_step(f, p, state, hyper))
