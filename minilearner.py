@@ -25,15 +25,13 @@ Words (B is the batch size, C the number of classes)
     x, y        the same, without the tuple if it has one element
     pred, loss  `model(*xb)`, and `loss_func(pred, *yb)`, a 0-d tensor
     ds, dl, dls a data set; a loader of batches; a `DataLoaders`
-    group       parameters that share hyper-parameters, such as body and head
-    hypers      the hyper-parameters of a group: `{'lr': 0.1, 'mom': 0.9}`
+    group       parameters (say, the head) with their `hypers`, {'lr': 0.1, 'mom': 0.9}
     wd, mom     weight decay, momentum; `sqr_mom` is that of the squared gradients
     state       what is remembered of one parameter: `{'grad_avg': tensor, 'step': 3}`
     cb, cbs     a callback, an object with methods named after events; a list of them
-    n_epoch     epochs of this fit; an epoch trains on all data once, then validates
+    n_epoch     epochs of this fit: each trains on all data once, then validates
     n_iter      batches of this pass over a loader
     pct_train   the share of the fit that is done, from 0.0 to 1.0
-
 Sources: fastai's documentation, fastbook chapters 16 and 19, the papers named below.
 """
 import copy
@@ -58,7 +56,6 @@ from torch.utils import data as data_tools
 
 # PART I: The Learner, from scratch
 # --------------------------------------------------------------------------------------
-
 # 1. The plain loop: everything below replaces one hard-coded part of it
 # --------------------------------------------------------------------------------------
 def fit_plain(model, train, valid, loss_func, opt, n_epoch):
@@ -142,9 +139,7 @@ BATCH_EVENTS = EVENTS[EVENTS.index('before_batch'):EVENTS.index('after_batch') +
 for _name in EVENTS:
     setattr(event, _name, _name)
 
-class CancelException(Exception):
-    """Base of the exceptions that end a part of the loop early, without an error."""
-
+class CancelException(Exception): "Ends a part of the loop early, without an error."
 class CancelStepException(CancelException): "Skip the optimizer's step."
 class CancelBackwardException(CancelException): "Skip the backward pass."
 class CancelBatchException(CancelException): "Skip the rest of the batch."
@@ -235,7 +230,7 @@ class Callback:
     def __repr__(self):
         return type(self).__name__
 
-    name = property(lambda self: class2attr(self, 'Callback'), doc="As `learn.<name>`.")
+    name = property(lambda self: class2attr(self, 'Callback'))    # found as learn.name
 
 def must_precede(a, b):
     """Whether callback `a` has to run before `b`, by `run_before` or `run_after`."""
@@ -250,21 +245,18 @@ defaults = types.SimpleNamespace(lr=1e-3, callbacks=[])
 class Learner:
     """Trains `model` on `dls`: holds the loop, in which callbacks do the rest.
 
-    dls: a `DataLoaders`.
-    model: an nn.Module; attributes that the Learner lacks are looked up there.
+    dls: a `DataLoaders`. model: an nn.Module, in which missing attributes are sought.
     loss_func: called as `loss_func(pred, *yb)`; default: `dls.train_ds.loss_func`.
     opt_func: called as `opt_func(params, lr=lr)`; default: `Adam`.
-    lr: learning rate unless `fit` gets one; an `lr` in a `partial` opt_func wins;
-      default: `defaults.lr`, 0.001.
-    splitter: function from the model to lists of parameters, the groups; default: one.
-    cbs: callbacks, or classes of them, that join those of `defaults.callbacks`.
+    lr: learning rate; default: `defaults.lr`; an `lr` in a `partial` opt_func wins.
+    splitter: function from the model to a list of parameter groups; default: one group.
+    cbs: callbacks or classes, beside `defaults.callbacks`; default_cbs=False: alone.
     metrics: functions of `(pred, *yb)` or objects; see `mk_metric`.
     path, model_dir: files are saved in path/model_dir; default path: that of `dls`.
     wd: weight decay; default: that of the optimizer.
     wd_bn_bias: decay biases and norm layers, too (torch's optimizers always do).
     train_bn: whether norm layers train although their group is frozen.
     moms: momentum at the start, peak and end of a one-cycle fit.
-    default_cbs: False leaves out `defaults.callbacks`; then bring your own.
 
     While a batch is processed, `xb, yb, pred, loss` are its inputs, targets, prediction
     and loss. The last two carry their graph: detach what you keep.
@@ -294,7 +286,7 @@ class Learner:
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
         """Train for `n_epoch` epochs.
 
-        lr, wd: see `Optimizer.set_hyper`; default: the Learner's; else its own wd.
+        lr, wd: see `Optimizer.set_hyper`; default: the Learner's, or the optimizer's.
         cbs: callbacks for this fit only. reset_opt: begin with a new optimizer.
         start_epoch: skip the epochs before it; schedules go on as if they had run.
         If an error ends the fit, `xb, yb, pred, loss` stay for your debugger.
@@ -394,11 +386,7 @@ class Learner:
             self._fire(f'after_{name}', error)
 
     def _fire(self, name, error=None):
-        """Call the callbacks that define the event `name`; errors name the callback.
-
-        If `error` is ending the part, what a callback raises replaces it only if it
-        ends more; otherwise it becomes a note of `error`.
-        """
+        """Call the callbacks that define `name`; of two errors, the broader wins."""
         if name not in self._handlers:
             self._handlers[name] = self.ordered_cbs(name)
         for cb in self._handlers[name]:
@@ -475,10 +463,7 @@ class Learner:
         self._cbs, self._handlers = cbs, {}
 
     def add_cbs(self, cbs):
-        """Register a callback or a class, or a list of these; returns the learner.
-
-        If a notebook's cell defines a class again, its callbacks replace the old ones.
-        """
+        """Register a callback, a class, or a list of these; returns the learner."""
         self.cbs = self._cbs + listify(cbs)
         return self
 
@@ -489,7 +474,6 @@ class Learner:
         self.cbs = [cb for cb in self._cbs if cb not in cbs
                     and kinds.isdisjoint(map(full_name, type(cb).__mro__))]
         return self
-
     add_cb, remove_cb = add_cbs, remove_cbs
 
     @contextmanager
@@ -534,7 +518,7 @@ def check_parts(dls, model, loss_func, opt_func):
     check(callable(opt_func or Adam), f"{opt_func=}: give, say, SGD", TypeError)
 
 def newest(learn, cbs):
-    """The callbacks, once each, without those whose class was defined again since."""
+    """The callbacks, once each, but for those whose class was defined again since."""
     for cb in cbs:
         check(isinstance(cb, Callback), f"{cb!r} is not a Callback", TypeError)
     taken = {*dir(type(learn)), *vars(learn)} - {cb.name for cb in learn.cbs}
@@ -625,11 +609,7 @@ class Metric:
         """Take in the batch: `learn.xb`, `learn.yb`, `learn.pred`, `learn.loss`."""
 
 class AvgMetric(Metric):
-    """Mean of `func(pred, *yb)` over all samples, that is, weighted by batch size.
-
-    func: returns a number, or a tensor or array of one; its name is the metric's.
-    total, count: the weighted sum so far, and the number of samples.
-    """
+    """Mean over all samples of `func(pred, *yb)`, a number, or a tensor of one."""
     def __init__(self, func):
         self.func = func
         self.reset()
@@ -677,8 +657,7 @@ class AvgSmoothLoss(Metric):
         """Mix the loss of the batch in."""
         loss = batch_loss(learn).float()
         self.count += 1
-        # losses weigh 1, beta, beta**2, ... back from the newest; its share of the sum
-        # of these weights debiases the average at once
+        # losses weigh 1, beta, beta**2, ... from the newest back: its share of the sum
         share = (1 - self.beta) / (1 - self.beta ** self.count)
         self.value = loss if self.count == 1 else self.value.lerp(loss, share)
 
@@ -735,8 +714,7 @@ class Recorder(Callback):
     iters: training batches up to each epoch's end.
     metric_names: the titles of `log`, the newest row.
     hps: hypers that were scheduled in the fit, `{name: one value per training batch}`.
-    values: all rows, without epoch and time; the last is `learn.final_record`. A pass
-      that was cancelled leaves None.
+    values: the rows' numbers, None for a cancelled pass; last: `learn.final_record`.
     """
     order, hps, row = 50, {}, []
     train_mets = valid_mets = lrs = losses = iters = values = ()
@@ -864,13 +842,11 @@ class DataLoaders:
 
     These are torch DataLoaders, TensorLoaders, lists of batches: whatever can be looped
     over again and again. Without `valid`, nothing is validated.
-    path: folder of the project. device: where the Learner sends batches; default: the
-      best at hand.
+    path: folder of the project. device: where batches go; default: the best at hand.
     n_inp: how many items of a batch are inputs; default: all but the last.
-    vocab: names of the classes, by number.
-    decode: function from a decoded prediction to what a person reads; wins over vocab.
-    targets: of batches that are dicts, the key or keys of the targets; the model gets
-      the others as keywords.
+    vocab: names of the classes, by number. decode: instead, a function from a decoded
+      prediction to what a person reads.
+    targets: key or keys of the targets in dict batches; the model gets all others.
     split: function from a batch of any kind to inputs and targets, `(xb, yb)`.
     Attributes that are missing here are looked up in `train`.
     """
@@ -885,7 +861,6 @@ class DataLoaders:
         self.targets, self.split = listify(targets), split
         self.to(device or default_device())
 
-    # all loaders; the data sets of the first two, if they tell
     loaders = property(lambda self: [self.train, self.valid, *self.others])
     train_ds = property(lambda self: getattr(self.train, 'dataset', None))
     valid_ds = property(lambda self: getattr(self.valid, 'dataset', None))
@@ -953,7 +928,6 @@ class DataLoaders:
             if isinstance(dl, TensorLoader):
                 dl.dataset.tensors = to_device(dl.dataset.tensors, self.device)
         return self
-
     cuda, cpu = partialmethod(to, 'cuda'), partialmethod(to, 'cpu')
 
 def as_tensors(o):
@@ -984,7 +958,6 @@ def map_tensors(f, b):
 def tensors_in(b):
     """List of all tensors in nested tuples, lists, dicts and dataclasses."""
     found = []
-
     def note(t):
         found.append(t)
         return t
@@ -994,7 +967,6 @@ def tensors_in(b):
 def to_device(b, device=None, non_blocking=False):
     """Move every tensor of a batch to `device` (default: `default_device()`)."""
     device = device or default_device()
-
     def move(t):    # the comparison costs less than a call that finds nothing to do
         return t if t.device == device else t.to(device, non_blocking=non_blocking)
     return map_tensors(move, b)
@@ -1045,7 +1017,7 @@ def step_stat(p, step=0, **kwargs):
     return {'step': step + 1}
 
 def debias(mom, damp, step):
-    """Sum of the weights in a moving average from 0 after `step` steps: divide by it."""
+    """Sum of weights in a moving average from 0 after `step` steps: divide by it."""
     return damp * (1 - mom**step) / (1 - mom)
 
 def adam_step(p, lr, mom, step, sqr_mom, grad_avg, sqr_avg, eps, **kwargs):
@@ -1060,7 +1032,6 @@ class Optimizer:
     params: parameters (one group), or iterables of them (groups), or a single tensor.
     cbs: a step function or a list; an attribute `defaults` of one is a dict of hypers.
     train_bn: not used here, see `Learner`. defaults: hypers of all groups.
-    Source: fastbook chapter 16.
     """
     # what a Learner remembers: the parameters it was made for; its wd before any fit
     made_for = own_wd = None
@@ -1088,8 +1059,7 @@ class Optimizer:
         """
         values = spread(v, len(self.param_lists), k)
         ok = all(isinstance(value, (int, float)) and value >= 0 for value in values)
-        # no `check`: schedules come here in every batch, and need no text
-        if k in ('lr', 'wd') and not ok:
+        if k in ('lr', 'wd') and not ok:    # no `check`: its text would cost each batch
             raise ValueError(f"{k}={v!r}: give a number of at least 0")
         for i, value in enumerate(values):
             self._set(i, k, value)
@@ -1147,11 +1117,7 @@ def as_groups(params):
     return [params] if any(is_one) or not params else [list(p) for p in params]
 
 def spread(v, n, name='hyper'):
-    """The list of `n` values that `v` stands for; see `Optimizer.set_hyper`.
-
-    >>> spread(slice(1, 100), 3), spread(slice(1), 3)
-    ([1.0, 10.0, 100.0], [0.1, 0.1, 1.0])
-    """
+    """The `n` values that `v` stands for: for slice(1, 100) and 3, [1., 10., 100.]."""
     if isinstance(v, slice) and v.start is None:
         return [float(v.stop / 10)] * (n - 1) + [float(v.stop)]
     if isinstance(v, slice):    # back from the end, so that a single group gets it
