@@ -25,15 +25,13 @@ Words (B is the batch size, C the number of classes)
     x, y        the same, without the tuple if it has one element
     pred, loss  `model(*xb)`, and `loss_func(pred, *yb)`, a 0-d tensor
     ds, dl, dls a data set; a loader of batches; a `DataLoaders`
-    group       parameters that share hyper-parameters, such as body and head
-    hypers      the hyper-parameters of a group: `{'lr': 0.1, 'mom': 0.9}`
+    group       parameters (say, the head) with their `hypers`, {'lr': 0.1, 'mom': 0.9}
     wd, mom     weight decay, momentum; `sqr_mom` is that of the squared gradients
     state       what is remembered of one parameter: `{'grad_avg': tensor, 'step': 3}`
     cb, cbs     a callback, an object with methods named after events; a list of them
-    n_epoch     epochs of this fit; an epoch trains on all data once, then validates
+    n_epoch     epochs of this fit: each trains on all data once, then validates
     n_iter      batches of this pass over a loader
     pct_train   the share of the fit that is done, from 0.0 to 1.0
-
 Sources: fastai's documentation, fastbook chapters 16 and 19, the papers named below.
 """
 import copy
@@ -56,14 +54,10 @@ import torch
 from torch import nn
 from torch.utils import data as data_tools
 
-# --------------------------------------------------------------------------------------
 # PART I: The Learner, from scratch
-# --------------------------------------------------------------------------------------
-
 # --------------------------------------------------------------------------------------
 # 1. The plain loop: everything below replaces one hard-coded part of it
 # --------------------------------------------------------------------------------------
-
 def fit_plain(model, train, valid, loss_func, opt, n_epoch):
     """Train `model` with a hand-written loop.
 
@@ -87,7 +81,6 @@ def fit_plain(model, train, valid, loss_func, opt, n_epoch):
         valid_losses.append(float(total / count))                # Recorder.after_epoch
     return valid_losses
 
-# --------------------------------------------------------------------------------------
 # 2. Events and callbacks: where your code steps into the loop
 # --------------------------------------------------------------------------------------
 # A part of the loop, such as a batch, fires before_batch when it begins and after_batch
@@ -146,9 +139,7 @@ BATCH_EVENTS = EVENTS[EVENTS.index('before_batch'):EVENTS.index('after_batch') +
 for _name in EVENTS:
     setattr(event, _name, _name)
 
-class CancelException(Exception):
-    """Base of the exceptions that end a part of the loop early, without an error."""
-
+class CancelException(Exception): "Ends a part of the loop early, without an error."
 class CancelStepException(CancelException): "Skip the optimizer's step."
 class CancelBackwardException(CancelException): "Skip the backward pass."
 class CancelBatchException(CancelException): "Skip the rest of the batch."
@@ -175,12 +166,7 @@ def listify(o):
     return list(o) if isinstance(o, (list, tuple)) else [o]
 
 def class2attr(obj, suffix):
-    """Name of `obj`'s class in snake case, without `suffix`.
-
-    >>> class TestTrainEvalCallback: pass
-    >>> class2attr(TestTrainEvalCallback(), 'Callback')
-    'test_train_eval'
-    """
+    """Class name in snake case, without suffix: MyClipCallback is 'my_clip'."""
     name = type(obj).__name__.removesuffix(suffix) or suffix
     return re.sub('(?<=[a-z0-9])(?=[A-Z])|(?<=.)(?=[A-Z][a-z])', '_', name).lower()
 
@@ -192,8 +178,8 @@ class Callback:
                 nn.utils.clip_grad_norm_(self.model.parameters(), 1.)
 
     `Callback(before_step=f)` makes one from a function that takes the callback.
-    What a callback lacks is looked up in its learner: `self.loss` is `self.learn.loss`.
-    To change it there, write `self.learn.loss = ...`.
+    What a callback lacks is looked up in its learner: `self.loss` is `self.learn.loss`;
+    to change it there, write `self.learn.loss = ...`.
     order: lower runs first; equal ones run in the order of adding.
     run_before, run_after: a callback class or a list of them; stronger than `order`.
     run: False skips all events; the end of the fit sets it back to True.
@@ -235,52 +221,42 @@ class Callback:
 
     def __setattr__(self, k, v):
         learn = self.learn
-        is_new = k not in vars(self) and not hasattr(Callback, k)
-        if learn is not None and is_new and k != self.name:
-            if k in vars(learn) or hasattr(type(learn), k):
-                text = (f"You are shadowing an attribute ({k}) that exists in the "
-                        f"learner. Use `self.learn.{k}` to avoid this")
-                warnings.warn(text, stacklevel=2)
+        is_new = learn is not None and k not in vars(self) and not hasattr(Callback, k)
+        if is_new and k != self.name and (k in vars(learn) or hasattr(type(learn), k)):
+            text = f"You are shadowing an attribute ({k}) that exists in the learner. "
+            warnings.warn(f"{text}Use `self.learn.{k}` to avoid this", stacklevel=2)
         super().__setattr__(k, v)
 
     def __repr__(self):
         return type(self).__name__
 
-    # the attribute of the Learner under which the callback is found
-    name = property(lambda self: class2attr(self, 'Callback'))
+    name = property(lambda self: class2attr(self, 'Callback'))    # found as learn.name
 
 def must_precede(a, b):
     """Whether callback `a` has to run before `b`, by `run_before` or `run_after`."""
     before, after = tuple(listify(a.run_before)), tuple(listify(b.run_after))
     return a is not b and (isinstance(b, before) or isinstance(a, after))
 
-# --------------------------------------------------------------------------------------
 # 3. The Learner: a model, data, a loss, an optimizer, and the loop that joins them
 # --------------------------------------------------------------------------------------
-
 # Read whenever a Learner is made. Sections 3 and 5 add the callbacks.
 defaults = types.SimpleNamespace(lr=1e-3, callbacks=[])
 
 class Learner:
     """Trains `model` on `dls`: holds the loop, in which callbacks do the rest.
 
-    dls: a `DataLoaders`.
-    model: an nn.Module; attributes that the Learner lacks are looked up there.
+    dls: a `DataLoaders`. model: an nn.Module, in which missing attributes are sought.
     loss_func: called as `loss_func(pred, *yb)`; default: `dls.train_ds.loss_func`.
     opt_func: called as `opt_func(params, lr=lr)`; default: `Adam`.
-    lr: learning rate of fits that are given none; default: `defaults.lr`, 0.001. If
-      opt_func is a `partial` with an `lr`, that one counts.
-    splitter: function from the model to its parameters, or to a list of groups of them;
-      default: `trainable_params`.
-    cbs: callbacks, or classes of them, that join those of `defaults.callbacks`.
+    lr: learning rate; default: `defaults.lr`; an `lr` in a `partial` opt_func wins.
+    splitter: function from the model to a list of parameter groups; default: one group.
+    cbs: callbacks or classes, beside `defaults.callbacks`; default_cbs=False: alone.
     metrics: functions of `(pred, *yb)` or objects; see `mk_metric`.
     path, model_dir: files are saved in path/model_dir; default path: that of `dls`.
     wd: weight decay; default: that of the optimizer.
-    wd_bn_bias: whether biases and norm layers are decayed, too; by torch's optimizers
-      they always are.
+    wd_bn_bias: decay biases and norm layers, too (torch's optimizers always do).
     train_bn: whether norm layers train although their group is frozen.
     moms: momentum at the start, peak and end of a one-cycle fit.
-    default_cbs: False leaves out `defaults.callbacks`; then bring your own.
 
     While a batch is processed, `xb, yb, pred, loss` are its inputs, targets, prediction
     and loss. The last two carry their graph: detach what you keep.
@@ -307,19 +283,16 @@ class Learner:
         self('after_create')
 
     # ---- the loop
-
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
         """Train for `n_epoch` epochs.
 
-        lr, wd: for this fit, as in `Optimizer.set_hyper`; default: the Learner's, else
-          the optimizer's own wd.
+        lr, wd: see `Optimizer.set_hyper`; default: the Learner's, or the optimizer's.
         cbs: callbacks for this fit only. reset_opt: begin with a new optimizer.
         start_epoch: skip the epochs before it; schedules go on as if they had run.
         If an error ends the fit, `xb, yb, pred, loss` stay for your debugger.
         """
         ok = isinstance(n_epoch, int) and start_epoch in range(n_epoch + 1)
-        check(ok, f"n_epoch={n_epoch!r}, start_epoch={start_epoch!r}: give ints from 0 "
-              "on, start_epoch not above n_epoch")
+        check(ok, f"{n_epoch=}, {start_epoch=}: give ints, 0 <= start_epoch <= n_epoch")
         with self.added_cbs(cbs):
             opt = self.ensure_opt(reset_opt)
             opt.set_hyper('lr', self.lr if lr is None else lr)
@@ -374,10 +347,7 @@ class Learner:
                 self._train_step()
 
     def call_model(self):
-        """What the model makes of `xb`: of an output that has `logits`, these.
-
-        To keep more of the output, override it in a subclass.
-        """
+        """The output of the model for `xb`; if it has `logits`, only these."""
         xb = self.xb
         pred = self.model(**xb[0]) if isinstance(xb[0], Keywords) else self.model(*xb)
         if isinstance(pred, torch.Tensor):    # asked first, as it is what costs least
@@ -416,11 +386,7 @@ class Learner:
             self._fire(f'after_{name}', error)
 
     def _fire(self, name, error=None):
-        """Call the callbacks that define the event `name`; an error says which one.
-
-        error: the exception that is ending the part, if one is. What a callback raises
-        replaces it only if it ends more; else it becomes a note of it.
-        """
+        """Call the callbacks that define `name`; of two errors, the broader wins."""
         if name not in self._handlers:
             self._handlers[name] = self.ordered_cbs(name)
         for cb in self._handlers[name]:
@@ -449,7 +415,6 @@ class Learner:
     y = property(lambda self: detuplify(self.yb), doc="`yb`, without a tuple of one.")
 
     # ---- the optimizer
-
     def ensure_opt(self, reset=False):
         """The optimizer; a new one if `reset`, or if the model has others to train."""
         params = {*trainable_params(self.model)}
@@ -467,8 +432,7 @@ class Learner:
             warnings.warn(f"lr={self.lr} is not used: opt_func has its own, {lr}")
         self.lr = lr
         self.model.to(self.dls.device)    # first, so that its state lands there, too
-        one_lr = lr if isinstance(lr, (int, float)) else defaults.lr
-        self.opt = self.new_opt(self.splitter(self.model), one_lr)
+        self.opt = self.new_opt(self.splitter(self.model), lr)
         self.opt.set_hyper('lr', lr)
         self.opt.made_for = {*trainable_params(self.model)}.union(*self.opt.param_lists)
         for p in [] if self.wd_bn_bias else norm_bias_params(self.model):
@@ -479,7 +443,6 @@ class Learner:
         return self.opt_func(params, lr=lr)
 
     # ---- its callbacks
-
     @property
     def cbs(self):
         """The callbacks, in the order of adding. Each is also `learn.<name>`."""
@@ -488,8 +451,8 @@ class Learner:
     @cbs.setter
     def cbs(self, cbs):
         """Register these callbacks, and no others; see `add_cbs`."""
-        cbs = newest([cb() if isinstance(cb, type) else cb for cb in listify(cbs)])
-        check_callbacks(self, cbs)
+        cbs = [cb() if isinstance(cb, type) else cb for cb in listify(cbs)]
+        cbs = newest(self, cbs)
         for cb in self._cbs:
             cb.learn = None
             vars(self).pop(cb.name, None)
@@ -500,11 +463,7 @@ class Learner:
         self._cbs, self._handlers = cbs, {}
 
     def add_cbs(self, cbs):
-        """Register a callback (a class is instantiated) or a list; returns the learner.
-
-        If a notebook's cell defines a class again, its callbacks replace the old ones.
-        Raises: ValueError if a name is taken: only callbacks of one class share it.
-        """
+        """Register a callback, a class, or a list of these; returns the learner."""
         self.cbs = self._cbs + listify(cbs)
         return self
 
@@ -515,7 +474,6 @@ class Learner:
         self.cbs = [cb for cb in self._cbs if cb not in cbs
                     and kinds.isdisjoint(map(full_name, type(cb).__mro__))]
         return self
-
     add_cb, remove_cb = add_cbs, remove_cbs
 
     @contextmanager
@@ -543,48 +501,37 @@ class Learner:
         model = vars(self).get('model')
         if k.startswith('__') or not hasattr(model, k):
             near = difflib.get_close_matches(k, dir(type(self)), 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ''
-            raise AttributeError(f"neither the Learner nor its model has {k!r}{hint}")
+            raise AttributeError(f"Learner and model lack {k!r}; similar: {near}")
         return getattr(model, k)
 
     def __repr__(self):
-        model, loss_func = map(func_name, (self.model, self.loss_func))
-        return f'Learner({self.dls!r}, {model}, {loss_func})'
+        return f'Learner({self.dls!r}, {func_name(self.model)})'
 
 def check_parts(dls, model, loss_func, opt_func):
     """Refuse what is easily mixed up when a Learner is made; see there."""
-    check(isinstance(dls, DataLoaders), f"dls is a {type(dls).__name__}: write "
-          "Learner(DataLoaders(train, valid), model, ...)", TypeError)
-    ok = isinstance(model, nn.Module)
-    check(ok, f"model={model!r}: give an object, as in Net()", TypeError)
+    ok = isinstance(dls, DataLoaders)
+    check(ok, f"dls is {type(dls)}: give DataLoaders(train, valid)", TypeError)
+    check(isinstance(model, nn.Module), f"{model=}: give an object, Net()", TypeError)
     loss_func = loss_func or getattr(dls.train_ds, 'loss_func', None)
     ok = callable(loss_func) and not isinstance(loss_func, type)
-    check(ok, f"loss_func={loss_func!r}: give, say, nn.MSELoss()", TypeError)
-    ok = callable(opt_func or Adam)
-    check(ok, f"opt_func={opt_func!r}: give, say, SGD", TypeError)
+    check(ok, f"{loss_func=}: give, say, nn.MSELoss()", TypeError)
+    check(callable(opt_func or Adam), f"{opt_func=}: give, say, SGD", TypeError)
 
-def check_callbacks(learn, cbs):
-    """Refuse callbacks that cannot be registered together."""
+def newest(learn, cbs):
+    """The callbacks, once each, but for those whose class was defined again since."""
     for cb in cbs:
         check(isinstance(cb, Callback), f"{cb!r} is not a Callback", TypeError)
     taken = {*dir(type(learn)), *vars(learn)} - {cb.name for cb in learn.cbs}
     kinds = {cb.name: type(cb) for cb in cbs}
     for cb in cbs:
-        is_free = cb.name not in taken and kinds[cb.name] is type(cb)
-        check(is_free, f"{cb!r}: the name {cb.name!r} is taken; rename its class")
+        ok = cb.name not in taken and full_name(type(cb)) == full_name(kinds[cb.name])
+        check(ok, f"{cb!r}: the name {cb.name!r} is taken; rename its class")
+    return [cb for cb in dict.fromkeys(cbs) if type(cb) is kinds[cb.name]]
 
 def full_name(cls):
-    """Module and name of a class: the same if a notebook's cell defines it again.
-
-    A class that a function makes is another one each time.
-    """
-    is_local = '<locals>' in cls.__qualname__
-    return cls if is_local else (cls.__module__, cls.__qualname__)
-
-def newest(cbs):
-    """Each callback once, and none whose class was defined again for a later one."""
-    kinds = {full_name(type(cb)): type(cb) for cb in cbs}
-    return [cb for cb in dict.fromkeys(cbs) if kinds[full_name(type(cb))] is type(cb)]
+    """Module and name of a class, which stay if a notebook's cell defines it again."""
+    # but a class that a function makes is another one each time
+    return cls if '<locals>' in cls.__qualname__ else (cls.__module__, cls.__qualname__)
 
 def tuplify(o):
     """A tuple as it is, anything else as a tuple of one."""
@@ -641,10 +588,8 @@ class TrainEvalCallback(Callback):
 
 defaults.callbacks.append(TrainEvalCallback)
 
-# --------------------------------------------------------------------------------------
 # 4. Metrics: numbers about a whole pass, exact also if the last batch is smaller
 # --------------------------------------------------------------------------------------
-
 class Metric:
     """Base class: `reset` before a pass, `accumulate` after every batch, then `value`.
 
@@ -664,18 +609,14 @@ class Metric:
         """Take in the batch: `learn.xb`, `learn.yb`, `learn.pred`, `learn.loss`."""
 
 class AvgMetric(Metric):
-    """Mean of `func(pred, *yb)` over all samples, that is, weighted by batch size.
-
-    func: returns a number, or a tensor or array of one. The metric has its name.
-    total, count: the sums so far. Without a sample, the value is None.
-    """
+    """Mean over all samples of `func(pred, *yb)`, a number, or a tensor of one."""
     def __init__(self, func):
         self.func = func
         self.reset()
 
     def reset(self):
         """Forget all batches."""
-        self.total, self.count = 0., 0
+        self.total, self.count = torch.zeros(()), 0
 
     def accumulate(self, learn):
         """Add the batch."""
@@ -684,14 +625,7 @@ class AvgMetric(Metric):
 
     def add(self, value, bs):
         """Add the mean of `bs` samples; it stays on the device, so nothing waits."""
-        if isinstance(value, torch.Tensor):
-            value = without_graph(value)
-            if value.dtype != torch.float32 and value.dtype != torch.float64:
-                value = value.float()    # a sum of float16 would soon overflow
-        if isinstance(value, torch.Tensor) and isinstance(self.total, torch.Tensor):
-            self.total = self.total.add(value, alpha=bs)    # one operation, not two
-        else:
-            self.total += value * bs
+        self.total = self.total.add(without_graph(torch.as_tensor(value)), alpha=bs)
         self.count += bs
 
     name = property(lambda self: func_name(self.func))
@@ -709,15 +643,11 @@ class AvgLoss(AvgMetric):
         self.add(batch_loss(learn), find_bs(learn.yb))
 
 class AvgSmoothLoss(Metric):
-    """Moving average of the training loss, debiased; a 0-d tensor.
-
-    beta: weight of the past, 0 to below 1.
-    """
-    name = 'smooth_loss'
+    """Debiased moving average of the training loss; `beta` (< 1) weighs the past."""
+    name, count = 'smooth_loss', 0
 
     def __init__(self, beta=0.98):
         self.beta = beta
-        self.reset()
 
     def reset(self):
         """Forget all batches."""
@@ -727,34 +657,16 @@ class AvgSmoothLoss(Metric):
         """Mix the loss of the batch in."""
         loss = batch_loss(learn).float()
         self.count += 1
-        # losses weigh 1, beta, beta**2, ... back from the newest; its share of the sum
-        # of these weights debiases the average at once
+        # losses weigh 1, beta, beta**2, ... from the newest back: its share of the sum
         share = (1 - self.beta) / (1 - self.beta ** self.count)
         self.value = loss if self.count == 1 else self.value.lerp(loss, share)
 
-class ObjectMetric(Metric):
-    """An object with update(pred, *yb), compute() and reset(), as in torchmetrics."""
-    def __init__(self, metric):
-        self.metric, self.reset = metric, metric.reset
-
-    def accumulate(self, learn):
-        """Update the object, on the device of the batch."""
-        if hasattr(self.metric, 'to'):
-            self.metric.to(learn.dls.device)
-        self.metric.update(map_tensors(without_graph, learn.pred), *learn.yb)
-
-    value = property(lambda self: self.metric.compute())
-    name = property(lambda self: class2attr(self.metric, 'Metric'))
-
 def mk_metric(m):
-    """`m` as a `Metric`: a class is called, an object wrapped, a function averaged."""
+    """`m` as a `Metric`: functions are averaged; section 14 wraps objects, too."""
     m = m() if isinstance(m, type) else m
-    if isinstance(m, Metric):
-        return m
-    if all(hasattr(m, k) for k in ('update', 'compute', 'reset')):
-        return ObjectMetric(m)
-    check(callable(m), f"metric {m!r}: give a function of (pred, target)", TypeError)
-    return AvgMetric(m)
+    ok = callable(m) or isinstance(m, Metric)
+    check(ok, f"metric {m!r}: give a function of (pred, target)", TypeError)
+    return m if isinstance(m, Metric) else AvgMetric(m)
 
 def batch_loss(learn):
     """The loss of the batch as one number, without its graph."""
@@ -767,10 +679,8 @@ def without_graph(t):
 
 def first_item(b):
     """The first item of `b`, the innermost one of nested tuples, lists and dicts."""
-    if isinstance(b, (tuple, list)) and b:
-        return first_item(b[0])
-    if isinstance(b, Mapping) and b:
-        return first_item(next(iter(b.values())))
+    while isinstance(b, (tuple, list, Mapping)) and b:
+        b = next(iter(b.values() if isinstance(b, Mapping) else b))
     return b
 
 def find_bs(b):
@@ -788,15 +698,12 @@ def accuracy(pred, target, axis=-1):
     if target.dim() > found.dim():    # or each would be compared with every other
         target = target.squeeze(-1)
     if pred.shape[axis] < 2 or found.shape != target.shape:
-        raise ValueError(f"accuracy of scores {tuple(pred.shape)} and targets "
-                         f"{tuple(target.shape)}: give 2 or more scores along axis "
-                         f"{axis}, and one class for each other position")
+        raise ValueError(f"scores {tuple(pred.shape)}, targets {tuple(target.shape)}: "
+                         f"give 2 or more scores along axis {axis} for each target")
     return (found == target).float().mean()
 
-# --------------------------------------------------------------------------------------
 # 5. Recorder: what happened, kept and printed
 # --------------------------------------------------------------------------------------
-
 class Recorder(Callback):
     """Keeps losses, learning rates and metrics; gives the logger a row for every epoch.
 
@@ -807,12 +714,10 @@ class Recorder(Callback):
     iters: training batches up to each epoch's end.
     metric_names: the titles of `log`, the newest row.
     hps: hypers that were scheduled in the fit, `{name: one value per training batch}`.
-    values: all rows, without epoch and time; the last is `learn.final_record`. A pass
-      that was cancelled leaves None.
+    values: the rows' numbers, None for a cancelled pass; last: `learn.final_record`.
     """
-    order, hps = 50, {}
-    train_mets = valid_mets = train_row = valid_row = ()
-    lrs = losses = iters = values = ()
+    order, hps, row = 50, {}, []
+    train_mets = valid_mets = lrs = losses = iters = values = ()
 
     def __init__(self, add_time=True, train_metrics=False, valid_metrics=True,
                  beta=0.98):
@@ -823,21 +728,19 @@ class Recorder(Callback):
         self.lrs, self.iters, self.losses, self.values, self.hps = [], [], [], [], {}
         self.log, self.learn.smooth_loss = [None], None
         metrics = [mk_metric(m) for m in listify(self.learn.metrics)]
-        self.train_mets, self.valid_mets = [AvgSmoothLoss(self.beta)], []
-        if self.train_metrics:
-            self.train_mets += metrics
-        if self.dls.valid is not None:
-            self.valid_mets = [AvgLoss(), *(metrics if self.valid_metrics else [])]
+        train = metrics if self.train_metrics else []
+        valid = metrics if self.valid_metrics else []
+        self.train_mets = [AvgSmoothLoss(self.beta), *train]
+        self.valid_mets = [] if self.dls.valid is None else [AvgLoss(), *valid]
         prefix = 'valid_' if self.train_metrics else ''
-        names = ['train_loss', *(f'train_{m.name}' for m in self.train_mets[1:])]
+        names = ['train_loss', *(f'train_{m.name}' for m in train)]
         if self.valid_mets:
-            names += ['valid_loss', *(prefix + m.name for m in self.valid_mets[1:])]
+            names += ['valid_loss', *(prefix + m.name for m in valid)]
         self.metric_names = ['epoch', *names, *(['time'] if self.add_time else [])]
 
     def before_epoch(self):
         self.start = time.perf_counter()
-        self.train_row = [None] * len(self.train_mets)
-        self.valid_row = [None] * len(self.valid_mets)
+        self.row = [None] * len(self.train_mets + self.valid_mets)
 
     def before_train(self):
         """Reset the metrics; the smoothed loss goes on through the epochs."""
@@ -866,19 +769,17 @@ class Recorder(Callback):
 
     def after_train(self):
         if self.completed:
-            self.train_row = [final_value(m) for m in self.train_mets]
+            self.row[:len(self.train_mets)] = map(final_value, self.train_mets)
             if len(self.losses) == (self.iters or [0])[-1]:
                 warnings.warn("nothing was trained: no batch with a target was done")
 
     def after_validate(self):
         if self.completed:
-            self.valid_row = [final_value(m) for m in self.valid_mets]
+            self.row[len(self.train_mets):] = map(final_value, self.valid_mets)
 
     def after_epoch(self):
         """Keep and show the row, unless the whole epoch was skipped."""
-        row = self.train_row + self.valid_row
-        # an epoch that is cancelled in before_epoch must not show this row again
-        self.train_row, self.valid_row = (), ()
+        row, self.row = self.row, []    # the next epoch may be cancelled at once
         if all(value is None for value in row):
             return
         self.iters.append(len(self.losses))
@@ -904,24 +805,19 @@ def format_time(seconds):
 
 defaults.callbacks.append(Recorder)
 
-# --------------------------------------------------------------------------------------
 # 6. Data: loaders of batches
 # --------------------------------------------------------------------------------------
-
 class TensorLoader:
     """Cuts batches from tensors in memory by one index each, not sample by sample.
 
     tensors: (N, ...) with the same N each, inputs first; on any device.
     bs: rows of a batch; the last may have fewer, or is left out by `drop_last`.
     shuffle: a new order each epoch, from torch's global generator.
-
-    >>> [b[0].tolist() for b in TensorLoader(torch.arange(5), bs=2)]
-    [[0, 1], [2, 3], [4]]
     """
     def __init__(self, *tensors, bs=64, shuffle=False, drop_last=False):
         lengths = [len(t) for t in tensors]
         check(len({*lengths}) == 1, f"tensors of {lengths} rows: give as many of each")
-        check(bs > 0, f"bs={bs!r}: give the number of rows of a batch, 1 or more")
+        check(bs > 0, f"{bs=}: give the number of rows of a batch, 1 or more")
         self.dataset = data_tools.TensorDataset(*tensors)
         self.bs, self.shuffle, self.drop_last = bs, shuffle, drop_last
 
@@ -930,15 +826,13 @@ class TensorLoader:
         return full + (rest > 0 and not self.drop_last)
 
     def __iter__(self):
-        tensors = self.dataset.tensors
         make_order = torch.randperm if self.shuffle else torch.arange
-        order = make_order(len(self.dataset), device=tensors[0].device)
+        order = make_order(len(self.dataset), device=self.dataset.tensors[0].device)
         for rows in order.split(self.bs)[:len(self)]:
-            yield tuple(t.index_select(0, rows) for t in tensors)
+            yield tuple(t.index_select(0, rows) for t in self.dataset.tensors)
 
     def __repr__(self):
-        rows = len(self.dataset)
-        return f'TensorLoader({rows} rows, bs={self.bs}, shuffle={self.shuffle})'
+        return f'TensorLoader({len(self.dataset)} rows, bs={self.bs})'
 
 class Keywords(dict):
     """Inputs that the model takes as keywords, since the batch was a dict."""
@@ -948,13 +842,11 @@ class DataLoaders:
 
     These are torch DataLoaders, TensorLoaders, lists of batches: whatever can be looped
     over again and again. Without `valid`, nothing is validated.
-    path: folder of the project. device: where the Learner sends batches; default: the
-      best at hand.
+    path: folder of the project. device: where batches go; default: the best at hand.
     n_inp: how many items of a batch are inputs; default: all but the last.
-    vocab: names of the classes, by number.
-    decode: function from a decoded prediction to what a person reads; wins over vocab.
-    targets: of batches that are dicts, the key or keys of the targets; the model gets
-      the others as keywords.
+    vocab: names of the classes, by number. decode: instead, a function from a decoded
+      prediction to what a person reads.
+    targets: key or keys of the targets in dict batches; the model gets all others.
     split: function from a batch of any kind to inputs and targets, `(xb, yb)`.
     Attributes that are missing here are looked up in `train`.
     """
@@ -963,13 +855,12 @@ class DataLoaders:
         self.train, self.valid, self.others = train, valid, others
         for dl in [train, *(dl for dl in self.loaders if dl is not None)]:
             ok = not isinstance(dl, (type(None), Iterator, data_tools.Dataset))
-            check(ok, f"{type(dl).__name__} is no loader: see from_dsets", TypeError)
+            check(ok, f"{type(dl).__name__} is no loader: give a DataLoader", TypeError)
         self.path, self.vocab, self.decode = Path(path), vocab, decode
         self.n_inp = n_inp or getattr(self.train, 'n_inp', None)
         self.targets, self.split = listify(targets), split
         self.to(device or default_device())
 
-    # all loaders; the data sets of the first two, if they tell
     loaders = property(lambda self: [self.train, self.valid, *self.others])
     train_ds = property(lambda self: getattr(self.train, 'dataset', None))
     valid_ds = property(lambda self: getattr(self.valid, 'dataset', None))
@@ -985,9 +876,8 @@ class DataLoaders:
         shuffle, drop_last: of the training loader. kwargs: see `DataLoaders`.
         Raises: ValueError if the numbers of rows differ.
         """
-        check(0 <= valid_pct < 1, f"valid_pct={valid_pct!r}: give a share below 1")
+        check(0 <= valid_pct < 1, f"{valid_pct=}: give a share below 1")
         xs, ys = as_tensors(x), as_tensors(y)
-        kwargs.setdefault('n_inp', len(xs))
         train = TensorLoader(*xs, *ys, bs=bs, shuffle=shuffle, drop_last=drop_last)
         held_out = [t for part in listify(valid) for t in as_tensors(part)]
         if valid is None and valid_pct:
@@ -998,26 +888,7 @@ class DataLoaders:
             train.dataset.tensors = tuple(t[rows] for t in tensors)
             held_out = [t[others] for t in tensors]
         valid = TensorLoader(*held_out, bs=bs) if held_out else None
-        return cls(train, valid, device=device, **kwargs)
-
-    @classmethod
-    def from_dsets(cls, train_ds, valid_ds=None, bs=64, shuffle=True, device=None,
-                   **kwargs):
-        """DataLoaders over data sets.
-
-        kwargs: path, vocab and the like are those of `DataLoaders`. All others go to
-          torch's DataLoader; sampler and drop_last to that of the training alone.
-        """
-        names = ('path', 'n_inp', 'vocab', 'decode', 'targets', 'split')
-        own = {k: kwargs.pop(k) for k in names if k in kwargs}
-        can_shuffle = not isinstance(train_ds, data_tools.IterableDataset)
-        shuffle = shuffle and can_shuffle and kwargs.get('sampler') is None
-        train = data_tools.DataLoader(train_ds, bs, shuffle, **kwargs)
-        kwargs.update(drop_last=False, sampler=None)
-        valid = valid_ds
-        if valid_ds is not None:
-            valid = data_tools.DataLoader(valid_ds, bs, **kwargs)
-        return cls(train, valid, device=device, **own)
+        return cls(train, valid, device=device, **{'n_inp': len(xs), **kwargs})
 
     def __repr__(self):
         lengths = [length_hint(dl) or '?' for dl in self.loaders if dl is not None]
@@ -1036,15 +907,14 @@ class DataLoaders:
         """Split a batch into the tuples `(xb, yb)`; of a dict, xb is `(inputs,)`."""
         if self.split:
             return tuple(map(tuplify, self.split(b)))
-        if isinstance(b, (tuple, list)):
-            n = self.n_inp or max(1, len(b) - 1)
-            return tuple(b[:n]), tuple(b[n:])
         if isinstance(b, Mapping):
             if not self.targets:
                 raise TypeError(f"of {list(b)}, say: DataLoaders(..., targets=key)")
             inputs = Keywords({k: v for k, v in b.items() if k not in self.targets})
             return (inputs,), tuple(b[k] for k in self.targets if k in b)
-        return (b,), ()
+        items = tuple(b) if isinstance(b, (tuple, list)) else (b,)
+        n = self.n_inp or max(1, len(items) - 1)
+        return items[:n], items[n:]
 
     def one_batch(self):
         """The first batch of a new pass over the training loader, on the device."""
@@ -1058,25 +928,18 @@ class DataLoaders:
             if isinstance(dl, TensorLoader):
                 dl.dataset.tensors = to_device(dl.dataset.tensors, self.device)
         return self
-
     cuda, cpu = partialmethod(to, 'cuda'), partialmethod(to, 'cpu')
 
 def as_tensors(o):
-    """List of tensors from a tensor, an array, or a tuple of these; None is empty.
-
-    Arrays of floats get torch's default dtype, as NumPy's own default is float64.
-    """
-    def convert(a):
+    """List of tensors from a tensor, an array, or a tuple of these; None is empty."""
+    def convert(a):    # floats of an array, float64 in NumPy, to torch's default
         t = torch.as_tensor(a)
         stays = isinstance(a, torch.Tensor) or not t.is_floating_point()
         return t if stays else t.to(torch.get_default_dtype())
     return [] if o is None else [convert(a) for a in tuplify(o)]
 
 def map_tensors(f, b):
-    """Apply `f` to all tensors in nested tuples, lists, dicts and dataclasses.
-
-    All of these keep their type.
-    """
+    """Apply `f` to all tensors in tuples, lists, dicts and dataclasses; types stay."""
     if isinstance(b, torch.Tensor):
         return f(b)
     if isinstance(b, (tuple, list)):
@@ -1088,14 +951,13 @@ def map_tensors(f, b):
             new[k] = map_tensors(f, v)
         return new
     if dataclasses.is_dataclass(b) and not isinstance(b, type):
-        names = [field.name for field in dataclasses.fields(b)]
-        return dataclasses.replace(b, **{k: map_tensors(f, getattr(b, k)) for k in names})
+        values = {field.name: getattr(b, field.name) for field in dataclasses.fields(b)}
+        return dataclasses.replace(b, **map_tensors(f, values))
     return b
 
 def tensors_in(b):
     """List of all tensors in nested tuples, lists, dicts and dataclasses."""
     found = []
-
     def note(t):
         found.append(t)
         return t
@@ -1105,7 +967,6 @@ def tensors_in(b):
 def to_device(b, device=None, non_blocking=False):
     """Move every tensor of a batch to `device` (default: `default_device()`)."""
     device = device or default_device()
-
     def move(t):    # the comparison costs less than a call that finds nothing to do
         return t if t.device == device else t.to(device, non_blocking=non_blocking)
     return map_tensors(move, b)
@@ -1115,7 +976,6 @@ def default_device():
     mps = 'mps' if torch.backends.mps.is_available() else 'cpu'
     return torch.device('cuda' if torch.cuda.is_available() else mps)
 
-# --------------------------------------------------------------------------------------
 # 7. Optimizer: a chain of small step functions makes any of them
 # --------------------------------------------------------------------------------------
 # A step function takes a parameter `p` (its gradient is `p.grad`) and, by keyword, the
@@ -1139,14 +999,12 @@ def l2_reg(p, lr, wd, do_wd=True, **kwargs):
 
 def average_grad(p, mom, dampening=False, grad_avg=None, **kwargs):
     """grad_avg = mom * grad_avg + grad, from 0; with dampening: + (1 - mom) * grad."""
-    if grad_avg is None:
-        grad_avg = p.grad.data.mul(0)
+    grad_avg = p.grad.data.mul(0) if grad_avg is None else grad_avg
     return {'grad_avg': grad_avg.mul_(mom).add_(p.grad.data, alpha=1 - dampening * mom)}
 
 def average_sqr_grad(p, sqr_mom, dampening=True, sqr_avg=None, **kwargs):
     """sqr_avg = sqr_mom * sqr_avg + (1 - sqr_mom) * grad**2; undamped: + grad**2."""
-    if sqr_avg is None:
-        sqr_avg = p.grad.data.mul(0)
+    sqr_avg = p.grad.data.mul(0) if sqr_avg is None else sqr_avg
     grad, damp = p.grad.data, 1 - dampening * sqr_mom
     return {'sqr_avg': sqr_avg.mul_(sqr_mom).addcmul_(grad, grad, value=damp)}
 
@@ -1159,18 +1017,11 @@ def step_stat(p, step=0, **kwargs):
     return {'step': step + 1}
 
 def debias(mom, damp, step):
-    """Sum of the weights in a moving average from 0 after `step` steps: divide by it.
-
-    >>> round(debias(0.9, 0.1, 2), 2)       # 0.1 for this gradient, 0.09 for the last
-    0.19
-    """
+    """Sum of weights in a moving average from 0 after `step` steps: divide by it."""
     return damp * (1 - mom**step) / (1 - mom)
 
 def adam_step(p, lr, mom, step, sqr_mom, grad_avg, sqr_avg, eps, **kwargs):
-    """p -= lr * g / (sqrt(s) + eps), where g and s are grad_avg and sqr_avg, debiased.
-
-    Source: Kingma and Ba, 'Adam: A Method for Stochastic Optimization', 2015.
-    """
+    """p -= lr * grad_avg / (sqrt(sqr_avg) + eps), debiased. Kingma and Ba, 2015."""
     debias1, debias2 = debias(mom, 1 - mom, step), debias(sqr_mom, 1 - sqr_mom, step)
     denom = sqr_avg.div(debias2).sqrt_().add_(eps)
     p.data.addcdiv_(grad_avg, denom, value=-lr / debias1)
@@ -1181,10 +1032,6 @@ class Optimizer:
     params: parameters (one group), or iterables of them (groups), or a single tensor.
     cbs: a step function or a list; an attribute `defaults` of one is a dict of hypers.
     train_bn: not used here, see `Learner`. defaults: hypers of all groups.
-    Source: fastbook chapter 16.
-
-    >>> Optimizer([1, 2, 3], sgd_step, lr=0.1).hypers
-    [{'lr': 0.1}]
     """
     # what a Learner remembers: the parameters it was made for; its wd before any fit
     made_for = own_wd = None
@@ -1212,8 +1059,7 @@ class Optimizer:
         """
         values = spread(v, len(self.param_lists), k)
         ok = all(isinstance(value, (int, float)) and value >= 0 for value in values)
-        # no `check`: schedules come here in every batch, and need no text
-        if k in ('lr', 'wd') and not ok:
+        if k in ('lr', 'wd') and not ok:    # no `check`: its text would cost each batch
             raise ValueError(f"{k}={v!r}: give a number of at least 0")
         for i, value in enumerate(values):
             self._set(i, k, value)
@@ -1222,8 +1068,7 @@ class Optimizer:
         self.hypers[i][k] = value
 
     def __repr__(self):
-        sizes, lrs = map(len, self.param_lists), [h.get('lr') for h in self.hypers]
-        return f'{type(self).__name__}(groups of {[*sizes]} parameters, lr={lrs})'
+        return f'{type(self).__name__}({self.hypers})'
 
     def set_hypers(self, **kwargs):
         """`set_hyper` for every keyword."""
@@ -1232,10 +1077,7 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self):
-        """Run the step functions on every parameter that has a gradient.
-
-        Section 18 replaces this: it steps many parameters at once.
-        """
+        """Step each parameter that has a gradient; section 18 steps many at once."""
         for p, _, state, hyper in self.all_params(with_grad=True):
             for f in self.cbs:
                 state.update(run_step(f, p, state, hyper))
@@ -1243,10 +1085,8 @@ class Optimizer:
     def zero_grad(self, set_to_none=True):
         """Forget all gradients; `set_to_none=False` fills them with 0 instead."""
         for p in [p for group in self.param_lists for p in group]:
-            if set_to_none:
-                p.grad = None
-            elif p.grad is not None:
-                p.grad.detach_().zero_()
+            is_kept = not set_to_none and p.grad is not None
+            p.grad = p.grad.detach_().zero_() if is_kept else None
 
 def run_step(f, p, state, hyper):
     """What the step function `f` returns for `p`, a dict; an error says what it got."""
@@ -1272,17 +1112,12 @@ def norm_bias_params(model, with_bias=True):
 def as_groups(params):
     """Lists of parameters from parameters, iterables of them, or a single tensor."""
     params = [params] if isinstance(params, torch.Tensor) else list(params)
-    check(not any(isinstance(p, dict) for p in params), "groups as dicts are for "
-          "torch's optimizers: give lists of parameters, and set_hyper per group")
+    check(dict not in map(type, params), "groups are dicts: give lists of parameters")
     is_one = [isinstance(p, torch.Tensor) or not hasattr(p, '__iter__') for p in params]
     return [params] if any(is_one) or not params else [list(p) for p in params]
 
 def spread(v, n, name='hyper'):
-    """The list of `n` values that `v` stands for; see `Optimizer.set_hyper`.
-
-    >>> spread(slice(1, 100), 3), spread(slice(1), 3)
-    ([1.0, 10.0, 100.0], [0.1, 0.1, 1.0])
-    """
+    """The `n` values that `v` stands for: for slice(1, 100) and 3, [1., 10., 100.]."""
     if isinstance(v, slice) and v.start is None:
         return [float(v.stop / 10)] * (n - 1) + [float(v.stop)]
     if isinstance(v, slice):    # back from the end, so that a single group gets it
@@ -1309,12 +1144,10 @@ def Adam(params, lr, mom=0.9, sqr_mom=0.99, eps=1e-5, wd=0.01, decouple_wd=True)
 
     Equals torch.optim.AdamW, or Adam for `decouple_wd=False`; betas are mom, sqr_mom.
     """
-    steps = [weight_decay if decouple_wd else l2_reg]
-    steps += [partial(average_grad, dampening=True), average_sqr_grad]
-    steps += [step_stat, adam_step]
+    steps = [weight_decay if decouple_wd else l2_reg, average_sqr_grad, step_stat,
+             partial(average_grad, dampening=True), adam_step]
     return Optimizer(params, steps, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
 
-# --------------------------------------------------------------------------------------
 # PART II: The rest of fastai's Learner
 # --------------------------------------------------------------------------------------
 # Part I knows nothing of what follows. Each section plugs in as your own code can: by
@@ -1342,7 +1175,6 @@ def patch(f):
     setattr(cls, f.__name__, f)
     return f.__globals__.get(f.__name__, f)
 
-# --------------------------------------------------------------------------------------
 # 8. Shared by several sections: contexts, random numbers, processes
 # --------------------------------------------------------------------------------------
 # Needs: Part I only
@@ -1463,7 +1295,6 @@ def to_detach_from_dl(learn, b, cpu=True, gather=True):
 
 Learner.to_detach = to_detach_from_dl
 
-# --------------------------------------------------------------------------------------
 # 9. Schedules: hyper-parameters as functions of the progress of training
 # --------------------------------------------------------------------------------------
 # Needs: 8; 19 to draw
@@ -1658,7 +1489,6 @@ def suggest_lrs(recorder, num_it, funcs):
     kind = namedtuple('SuggestedLRs', map(func_name, funcs), rename=True)
     return kind(*(float(f(lrs, losses, num_it)) for f in funcs))
 
-# --------------------------------------------------------------------------------------
 # 10. Inference: predictions in the order of the data, which disturb nothing
 # --------------------------------------------------------------------------------------
 # Needs: 8
@@ -1737,12 +1567,11 @@ def in_order(dl, rows=None, drop_last=False, generator=OWN_GENERATOR):
 @patch
 def validate(self: Learner, ds_idx=1, dl=None, cbs=None):
     """`[loss, *metrics]`, plain numbers, of all rows of loader `ds_idx`, or of `dl`."""
-    recorder = Recorder()
-    metrics = [mk_metric(m) for m in listify(self.metrics)]
+    recorder, metrics = Recorder(), [mk_metric(m) for m in listify(self.metrics)]
     kept = {id(o): o for o in (self, *self.cbs)}    # a metric may ask a callback
-    recorder.valid_mets = [AvgLoss(), *copy.deepcopy(metrics, kept)]
+    recorder.valid_mets, recorder.row = [AvgLoss(), *copy.deepcopy(metrics, kept)], []
     run_validation(self, ds_idx, dl, True, [recorder, *listify(cbs)])
-    return recorder.valid_row
+    return recorder.row
 
 class GatherPredsCallback(Callback):
     """Collects inputs, predictions, targets and losses of one pass, on the CPU.
@@ -1904,7 +1733,6 @@ def tta(self: Learner, ds_idx=1, dl=None, n=4, item_tfms=None, batch_tfms=None,
     mixed = torch.maximum(augmented, plain) if use_max else augmented.lerp(plain, beta)
     return mixed, targets
 
-# --------------------------------------------------------------------------------------
 # 11. Saving: files that open with stock torch.load, and never run code
 # --------------------------------------------------------------------------------------
 # Needs: 8
@@ -2089,7 +1917,6 @@ def load_learner(fname, cpu=True):
         learn.dls.cpu()
     return learn
 
-# --------------------------------------------------------------------------------------
 # 12. Transfer: train the last layers first
 # --------------------------------------------------------------------------------------
 # Needs: 8, 9
@@ -2157,7 +1984,6 @@ def fine_tune(self: Learner, epochs, base_lr=2e-3, freeze_epochs=1, lr_mult=100,
     lrs = slice(base_lr / 2 / lr_mult, base_lr / 2)
     self.fit_one_cycle(epochs, lrs, pct_start=pct_start, div=div, **kwargs)
 
-# --------------------------------------------------------------------------------------
 # 13. More optimizers: RMSProp, and torch's, by opt_func=torch.optim.AdamW
 # --------------------------------------------------------------------------------------
 # Needs: Part I only
@@ -2272,10 +2098,27 @@ def set_opt(learn, opt):
 
 Learner.opt = property(lambda self: vars(self).get('_opt'), set_opt)
 
-# --------------------------------------------------------------------------------------
-# 14. A shelf of callbacks and metrics: take what you need
+# 14. A shelf of loaders, metrics and callbacks: take what you need
 # --------------------------------------------------------------------------------------
 # Needs: 8; 11 to save
+
+def from_dsets(cls, train_ds, valid_ds=None, bs=64, shuffle=True, **kwargs):
+    """DataLoaders over data sets.
+
+    kwargs: path, vocab and the like are those of `DataLoaders`. All others go to
+      torch's DataLoader; sampler and drop_last to that of the training alone.
+    """
+    names = ('path', 'device', 'n_inp', 'vocab', 'decode', 'targets', 'split')
+    own = {k: kwargs.pop(k) for k in names if k in kwargs}
+    can_shuffle = not isinstance(train_ds, data_tools.IterableDataset)
+    shuffle = shuffle and can_shuffle and kwargs.get('sampler') is None
+    loaders = [data_tools.DataLoader(train_ds, bs, shuffle, **kwargs)]
+    if valid_ds is not None:
+        kwargs.update(drop_last=False, sampler=None)
+        loaders.append(data_tools.DataLoader(valid_ds, bs, **kwargs))
+    return cls(*loaders, **own)
+
+DataLoaders.from_dsets = classmethod(from_dsets)
 
 def before_batch_cb(f):
     """Decorator: a callback that replaces each batch by `f(self, xb, yb) -> xb, yb`.
@@ -2298,6 +2141,28 @@ class ValueMetric(Metric):
         self.func, self.name = func, metric_name or func_name(func)
 
     value = property(lambda self: self.func())
+
+class ObjectMetric(Metric):
+    """An object with update(pred, *yb), compute() and reset(), as in torchmetrics."""
+    def __init__(self, metric):
+        self.metric, self.reset = metric, metric.reset
+
+    def accumulate(self, learn):
+        """Update the object, on the device of the batch."""
+        if hasattr(self.metric, 'to'):
+            self.metric.to(learn.dls.device)
+        self.metric.update(map_tensors(without_graph, learn.pred), *learn.yb)
+
+    value = property(lambda self: self.metric.compute())
+    name = property(lambda self: class2attr(self.metric, 'Metric'))
+
+mk_simple_metric = mk_metric
+
+def mk_metric(m):
+    """`m` as a `Metric`: a class is called, an object wrapped, a function averaged."""
+    m = m() if isinstance(m, type) else m
+    is_object = all(hasattr(m, k) for k in ('update', 'compute', 'reset'))
+    return ObjectMetric(m) if is_object else mk_simple_metric(m)
 
 class TerminateOnNaNCallback(Callback):
     """Ends the training before a loss that is NaN or infinite reaches the weights.
@@ -2475,7 +2340,6 @@ class RNNRegularizer(Callback):
             self.learn.loss = self.loss + penalty
         self.raw_out = self.out = None    # they hold the graph
 
-# --------------------------------------------------------------------------------------
 # 15. Mixed precision: half the bits where these are enough
 # --------------------------------------------------------------------------------------
 # Needs: 8, 13
@@ -2554,7 +2418,6 @@ def to_fp32(self: Learner):
     """Train in full precision again."""
     return self.remove_cb(MixedPrecision)
 
-# --------------------------------------------------------------------------------------
 # 16. Checkpoints: a training that was killed goes on
 # --------------------------------------------------------------------------------------
 # Needs: 8, 11, 12
@@ -2660,7 +2523,6 @@ def load_state_dict(self: Recorder, state):
     if self.values:
         self.learn.final_record = self.values[-1]
 
-# --------------------------------------------------------------------------------------
 # 17. Many processes: the same training on several GPUs, or on several CPU cores
 # --------------------------------------------------------------------------------------
 # Needs: 8, 10
@@ -2801,7 +2663,6 @@ def distrib_ctx(self: Learner, **kwargs):
         torch.distributed.barrier()    # so that what one has saved, all can load
     atexit.register(leave_group)
 
-# --------------------------------------------------------------------------------------
 # 18. Speed: the step functions, unchanged, on many parameters at once
 # --------------------------------------------------------------------------------------
 # Needs: 13
@@ -2856,7 +2717,6 @@ def step(self: Optimizer):
             for state, value in zip(states, values):
                 state[k] = value
 
-# --------------------------------------------------------------------------------------
 # 19. Pictures and progress: data, predictions, the course of a training
 # --------------------------------------------------------------------------------------
 # Needs: 8, 10
@@ -3031,7 +2891,6 @@ def init_args(self):
 
 Learner.init_args = property(init_args)
 
-# --------------------------------------------------------------------------------------
 # 20. Demo: a small network learns MNIST-1D, a data set that needs no download
 # --------------------------------------------------------------------------------------
 # Needs: 9, 19

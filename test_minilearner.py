@@ -622,7 +622,7 @@ def test_types_of_batches_survive():
 def test_a_repr_is_one_line_with_a_fact(make):
     o = make()
     assert repr(o).startswith(type(o).__name__ + '(') and '\n' not in repr(o), repr(o)
-    assert any(fact in repr(o) for fact in ('3 rows', '2', 'lr=[0.1]', 'l1_loss')), repr(o)
+    assert any(fact in repr(o) for fact in ('3 rows', '2', "'lr': 0.1", 'l1_loss')), repr(o)
 
 
 def test_dataloaders_name_their_parts():
@@ -640,7 +640,7 @@ def test_dataloaders_name_their_parts():
 
 @pytest.mark.parametrize('bad', [None, iter([1]), TensorDataset(torch.ones(3))])
 def test_loaders_that_give_no_batches_epoch_after_epoch_are_refused(bad):
-    with pytest.raises(TypeError, match='from_dsets'):
+    with pytest.raises(TypeError, match='give a DataLoader'):
         ml.DataLoaders(bad)     # a data set would train sample by sample, an iterator for one epoch
 
 
@@ -1959,7 +1959,7 @@ def test_calling_events_by_hand():
 def test_unknown_attributes_are_those_of_the_model():
     learn = line_learner()
     assert learn.a is learn.model.a, "what the Learner lacks is looked up in its model"
-    with pytest.raises(AttributeError, match="neither the Learner nor its model has 'nothing'"):
+    with pytest.raises(AttributeError, match="Learner and model lack 'nothing'"):
         learn.nothing
     assert not hasattr(ml.Learner.__new__(ml.Learner), 'anything'), "no endless recursion"
 
@@ -2383,7 +2383,7 @@ def test_a_rate_for_each_group_goes_to_the_new_optimizer():
     learn = line_learner(lr=slice(1e-3, 1e-1), splitter=lambda model: [[model.a], [model.b]])
     learn.create_opt()
     assert [h['lr'] for h in learn.opt.hypers] == pytest.approx([1e-3, 1e-1]), \
-        "an opt_func takes one number as lr; the spread over groups is set afterwards"
+        "a slice is spread over the groups"
 
 
 @pytest.mark.parametrize('bad', [dict(n_epoch=-1), dict(n_epoch='3'), dict(n_epoch=1.5), dict(n_epoch=1, start_epoch=2), dict(n_epoch=1, start_epoch=-1)])
@@ -2518,18 +2518,8 @@ def test_names_of_the_learner_are_no_names_for_callbacks():
 
 
 def test_a_learner_wants_dataloaders():
-    with pytest.raises(TypeError, match='dls is a list: write'):
+    with pytest.raises(TypeError, match="dls is <class 'list'>: give"):
         ml.Learner([line_data(4)], Line(), F.mse_loss)
-
-
-def test_an_opt_func_gets_one_rate():
-    rates = []
-    def opt_func(groups, lr):
-        rates.append(lr)
-        return ml.SGD(groups, lr=lr)
-    for lr in (0.3, slice(1e-3, 1e-1), [0.2]):
-        line_learner(lr=lr, opt_func=opt_func).create_opt()
-    assert rates == [0.3, ml.defaults.lr, ml.defaults.lr], "the learner's number; for a list or slice, the usual one at first"
 
 
 def test_a_batch_without_targets_teaches_nothing():
@@ -6908,9 +6898,9 @@ def test_import_brings_nothing_but_torch(imported):
     assert 'minilearner' in done.stdout and not new, f"import minilearner also imports {new}"
 
 
-BANNER = re.compile(r'^# -{80,}\n# (\d+)\. ([^\n:]+): [^\n]+\n# -{80,}\n(?:# Needs: ([^\n]+)\n)?', re.M)
+BANNER = re.compile(r'^# (\d+)\. ([^\n:]+): [^\n]+\n# -{80,}\n(?:# Needs: ([^\n]+)\n)?', re.M)
 SECTIONS = {int(m[1]): m for m in BANNER.finditer(SOURCE)}
-CUT = re.search('^# -{80,}\n# PART II', SOURCE, re.M).start()
+CUT = re.search('^# PART II', SOURCE, re.M).start()
 SHARED = SOURCE[CUT:SECTIONS[8].start()]        # what Part II imports, and `patch`
 
 
