@@ -151,7 +151,8 @@ class CancelFitException(CancelException): "End the training."
 def breadth(error):
     """How much an exception ends: a Cancel by its place above, an error everything."""
     cancels = CancelException.__subclasses__()
-    return cancels.index(type(error)) if type(error) in cancels else len(cancels)
+    ranks = [i for i, cancel in enumerate(cancels) if isinstance(error, cancel)]
+    return ranks[0] if ranks else len(cancels)
 
 def check_event(name):
     """Raise AttributeError, naming the nearest event, unless `name` is an event."""
@@ -270,10 +271,9 @@ class Learner:
         self.loss_func = dls.train_ds.loss_func if loss_func is None else loss_func
         self.opt_func, self.splitter = opt_func or Adam, splitter or trainable_params
         self.lr = defaults.lr if lr is None else lr
-        self.wd, self.wd_bn_bias = wd, wd_bn_bias
-        self.train_bn, self.moms = train_bn, moms
+        self.wd, self.wd_bn_bias, self.train_bn = wd, wd_bn_bias, train_bn
         self.metrics = [mk_metric(m) for m in listify(metrics)]
-        self.path, self.model_dir = Path(path or dls.path), model_dir
+        self.path, self.model_dir, self.moms = Path(path or dls.path), model_dir, moms
         self.logger, self.opt, self.training, self.failed = print, None, False, False
         self.epoch, self.n_epoch, self.train_iter, self.pct_train = 0, 1, 0, 0.
         self.iter, self.n_iter, self.completed = 0, 0, True
@@ -296,15 +296,18 @@ class Learner:
         with self.added_cbs(cbs):
             opt = self.ensure_opt(reset_opt)
             opt.set_hyper('lr', self.lr if lr is None else lr)
-            wd = self.wd if wd is None else wd
-            # the optimizer's own is set again, as an earlier fit may have had another
-            opt.set_hyper('wd', opt.own_wd if wd is None else wd)
+            own_wd = [hyper.get('wd', 0.) for hyper in opt.hypers]
+            for value in (self.wd, wd):
+                if value is not None:
+                    opt.set_hyper('wd', value)
+            opt.zero_grad()    # what a batch that broke off has left
             self.n_epoch, self.start_epoch = n_epoch, start_epoch
             try:
                 self._stage('fit', self._all_epochs, CancelFitException)
                 self._forget_batch()
             finally:
-                opt.zero_grad()    # what a batch that broke off has left
+                if wd is not None:    # it was for this fit
+                    opt.set_hyper('wd', own_wd)
                 self.training = False
                 for cb in self.cbs:
                     cb.run = True
@@ -417,12 +420,11 @@ class Learner:
     # ---- the optimizer
     def ensure_opt(self, reset=False):
         """The optimizer; a new one if `reset`, or if the model has others to train."""
-        params = {*trainable_params(self.model)}
+        opt, params = self.opt, {*trainable_params(self.model)}
         # an optimizer that you made yourself has no `made_for`, and stays
-        if reset or self.opt is None or params - (self.opt.made_for or params):
+        is_ours = opt is not None and opt.made_for is not None
+        if reset or opt is None or is_ours and params - opt.made_for:
             self.create_opt()
-        if self.opt.own_wd is None:    # before any fit or file brings another
-            self.opt.own_wd = [h.get('wd', 0.) for h in self.opt.hypers]
         return self.opt
 
     def create_opt(self):
@@ -451,8 +453,7 @@ class Learner:
     @cbs.setter
     def cbs(self, cbs):
         """Register these callbacks, and no others; see `add_cbs`."""
-        cbs = [cb() if isinstance(cb, type) else cb for cb in listify(cbs)]
-        cbs = newest(self, cbs)
+        cbs = newest(self, [o() if isinstance(o, type) else o for o in listify(cbs)])
         for cb in self._cbs:
             cb.learn = None
             vars(self).pop(cb.name, None)
@@ -492,8 +493,7 @@ class Learner:
         while waiting:
             free = [b for b in waiting if not any(must_precede(a, b) for a in waiting)]
             check(free, f"run_before and run_after of {waiting} contradict each other")
-            ordered.append(free[0])
-            waiting.remove(free[0])
+            ordered.append(waiting.pop(waiting.index(free[0])))
         return [cb for cb in ordered if cb.defines(event)]
 
     def __getattr__(self, k):
@@ -509,8 +509,7 @@ class Learner:
 
 def check_parts(dls, model, loss_func, opt_func):
     """Refuse what is easily mixed up when a Learner is made; see there."""
-    ok = isinstance(dls, DataLoaders)
-    check(ok, f"dls is {type(dls)}: give DataLoaders(train, valid)", TypeError)
+    check(isinstance(dls, DataLoaders), f"{type(dls)}: use DataLoaders()", TypeError)
     check(isinstance(model, nn.Module), f"{model=}: give an object, Net()", TypeError)
     loss_func = loss_func or getattr(dls.train_ds, 'loss_func', None)
     ok = callable(loss_func) and not isinstance(loss_func, type)
@@ -610,7 +609,7 @@ class Metric:
 
 class AvgMetric(Metric):
     """Mean over all samples of `func(pred, *yb)`, a number, or a tensor of one."""
-    def __init__(self, func):
+    def __init__(self, func=None):
         self.func = func
         self.reset()
 
@@ -635,9 +634,6 @@ class AvgLoss(AvgMetric):
     """Mean of `learn.loss` over all samples."""
     name = 'loss'
 
-    def __init__(self):
-        super().__init__(None)
-
     def accumulate(self, learn):
         """Add the loss of the batch."""
         self.add(batch_loss(learn), find_bs(learn.yb))
@@ -659,7 +655,7 @@ class AvgSmoothLoss(Metric):
         self.count += 1
         # losses weigh 1, beta, beta**2, ... from the newest back: its share of the sum
         share = (1 - self.beta) / (1 - self.beta ** self.count)
-        self.value = loss if self.count == 1 else self.value.lerp(loss, share)
+        self.value = loss.clone() if self.count == 1 else self.value.lerp(loss, share)
 
 def mk_metric(m):
     """`m` as a `Metric`: functions are averaged; section 14 wraps objects, too."""
@@ -707,7 +703,7 @@ def accuracy(pred, target, axis=-1):
 class Recorder(Callback):
     """Keeps losses, learning rates and metrics; gives the logger a row for every epoch.
 
-    add_time: end the row with the time, 'mm:ss'.
+    add_time: end the row with the time, 'mm:ss', from an hour on 'h:mm:ss'.
     train_metrics, valid_metrics: whether metrics are computed in that pass.
     beta: weight of the past in the smoothed training loss, `learn.smooth_loss`.
     losses, lrs: smoothed loss (0-d) and rate of the last group, by training batch.
@@ -787,7 +783,8 @@ class Recorder(Callback):
         self.learn.final_record = row
         self.log = [self.epoch, *row]
         if self.add_time:
-            self.log.append(format_time(time.perf_counter() - self.start))
+            took = timedelta(seconds=round(time.perf_counter() - self.start))
+            self.log.append(str(took).removeprefix('0:'))
         self.logger(self.log)
 
 def final_value(metric):
@@ -798,10 +795,6 @@ def final_value(metric):
     is_number = value is None or isinstance(value, (int, float))
     check(is_number, f"metric {metric.name!r} is {value!r}, not one number", TypeError)
     return value
-
-def format_time(seconds):
-    """'mm:ss', or 'h:mm:ss' from an hour on, rounded."""
-    return str(timedelta(seconds=round(seconds))).removeprefix('0:')
 
 defaults.callbacks.append(Recorder)
 
@@ -880,6 +873,7 @@ class DataLoaders:
         xs, ys = as_tensors(x), as_tensors(y)
         train = TensorLoader(*xs, *ys, bs=bs, shuffle=shuffle, drop_last=drop_last)
         held_out = [t for part in listify(valid) for t in as_tensors(part)]
+        check(len(held_out) in (0, len(xs + ys)), "valid: as many tensors as x and y")
         if valid is None and valid_pct:
             tensors, n = train.dataset.tensors, len(train.dataset)
             generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -951,8 +945,10 @@ def map_tensors(f, b):
             new[k] = map_tensors(f, v)
         return new
     if dataclasses.is_dataclass(b) and not isinstance(b, type):
-        values = {field.name: getattr(b, field.name) for field in dataclasses.fields(b)}
-        return dataclasses.replace(b, **map_tensors(f, values))
+        new = copy.copy(b)
+        for field in dataclasses.fields(b):    # of `object`, as it may be frozen
+            object.__setattr__(new, field.name, map_tensors(f, getattr(b, field.name)))
+        return new
     return b
 
 def tensors_in(b):
@@ -1033,8 +1029,7 @@ class Optimizer:
     cbs: a step function or a list; an attribute `defaults` of one is a dict of hypers.
     train_bn: not used here, see `Learner`. defaults: hypers of all groups.
     """
-    # what a Learner remembers: the parameters it was made for; its wd before any fit
-    made_for = own_wd = None
+    made_for = None    # a Learner that makes it remembers the parameters here
 
     def __init__(self, params, cbs, train_bn=True, **defaults):
         self.cbs, self.param_lists = listify(cbs), as_groups(params)
@@ -1144,8 +1139,8 @@ def Adam(params, lr, mom=0.9, sqr_mom=0.99, eps=1e-5, wd=0.01, decouple_wd=True)
 
     Equals torch.optim.AdamW, or Adam for `decouple_wd=False`; betas are mom, sqr_mom.
     """
-    steps = [weight_decay if decouple_wd else l2_reg, average_sqr_grad, step_stat,
-             partial(average_grad, dampening=True), adam_step]
+    steps = [weight_decay if decouple_wd else l2_reg, step_stat,
+             partial(average_grad, dampening=True), average_sqr_grad, adam_step]
     return Optimizer(params, steps, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
 
 # PART II: The rest of fastai's Learner
@@ -1178,7 +1173,6 @@ def patch(f):
 # 8. Shared by several sections: contexts, random numbers, processes
 # --------------------------------------------------------------------------------------
 # Needs: Part I only
-
 # Callbacks with `only_fit` take part in a fit, not in get_preds, validate or lr_find
 Callback.only_fit, Recorder.only_fit = False, True
 
@@ -1298,7 +1292,6 @@ Learner.to_detach = to_detach_from_dl
 # 9. Schedules: hyper-parameters as functions of the progress of training
 # --------------------------------------------------------------------------------------
 # Needs: 8; 19 to draw
-
 def annealer(f):
     """Decorator: `f(start, end, pos)` becomes `g(start, end)`, a function of `pos`.
 
@@ -1437,18 +1430,6 @@ def steep(lrs, losses, num_it):
     """The rate at which the loss fell most steeply, by the logarithm of the rate."""
     return lrs[(losses.diff() / lrs.log().diff()).argmin()]
 
-def valley(lrs, losses, num_it):
-    """The rate in the middle of the longest falling subsequence of the losses.
-
-    That is, at its last index minus half its length. lrs, losses: tensors (N,).
-    """
-    length = []
-    for loss in losses:
-        before = [n for n, earlier in zip(length, losses) if earlier > loss]
-        length.append(1 + max(before, default=0))
-    longest = max(length)
-    return lrs[length.index(longest) - longest // 2]
-
 @patch
 def lr_find(self: Learner, start_lr=1e-7, end_lr=10, num_it=100, stop_div=True,
             show_plot=True, suggest_funcs=(minimum, steep)):
@@ -1458,11 +1439,10 @@ def lr_find(self: Learner, start_lr=1e-7, end_lr=10, num_it=100, stop_div=True,
     Your callbacks take part and keep what they count; `only_fit = True` excludes one.
     num_it, stop_div: see `LRFinder`. show_plot: draw the losses and the suggestions.
     suggest_funcs: functions of (lrs, losses, num_it), two tensors and an int, that
-      return a number: `minimum`, `steep`, `valley`.
+      return a number.
     Returns: what these suggest, a named tuple of floats; None without them.
     """
-    check('recorder' in vars(self),
-          "lr_find needs the Recorder: learn.add_cb(Recorder)")
+    check('recorder' in vars(self), "lr_find needs the Recorder: add_cb(Recorder)")
     with restored(self), self.no_logging(), ExitStack() as at_exit:
         at_exit.callback(set_rng_state, rng_state(self.dls), self.dls)
         # copied together, so that the optimizer has the parameters of the model's copy
@@ -1492,18 +1472,11 @@ def suggest_lrs(recorder, num_it, funcs):
 # 10. Inference: predictions in the order of the data, which disturb nothing
 # --------------------------------------------------------------------------------------
 # Needs: 8
-
 @patch
 def loss_not_reduced(self: Learner):
-    """Context in which the loss keeps one value per sample (`reduction='none'`).
-
-    Raises: TypeError for a loss function that has no `reduction`.
-    """
+    """Context in which the loss keeps one value per sample (`reduction='none'`)."""
     if hasattr(self.loss_func, 'reduction'):
         return replacing(self.loss_func, 'reduction', 'none')
-    f = getattr(self.loss_func, 'forward', self.loss_func)
-    check({'reduction', 'kwargs'} & {*inspect.signature(f).parameters}, "no loss per "
-          f"sample: {func_name(self.loss_func)} takes no `reduction`", TypeError)
     return replacing(self, 'loss_func', partial(self.loss_func, reduction='none'))
 
 @patch
@@ -1511,7 +1484,7 @@ def loss_not_reduced(self: Learner):
 def validation_context(self: Learner, cbs=None, inner=False):
     """Context for predictions, also in the middle of a training: nothing is disturbed.
 
-    cbs: callbacks for the time being. Those with `only_fit` are removed; nothing is
+    cbs: callbacks for the time being; those with `only_fit` are removed. Nothing is
     printed; the model is on the device of `dls`, in evaluation mode, without gradients.
     """
     with restored(self), torch.no_grad():
@@ -1542,10 +1515,10 @@ OWN_GENERATOR = torch.Generator()
 KNOWN_SAMPLERS = (data_tools.SequentialSampler, data_tools.RandomSampler,
                   data_tools.SubsetRandomSampler, data_tools.WeightedRandomSampler)
 
-def in_order(dl, rows=None, drop_last=False, generator=OWN_GENERATOR):
+def in_order(dl, rows=None, drop_last=False, rng=OWN_GENERATOR):
     """A loader of the rows that `dl` draws from, in order, nothing dropped.
 
-    rows: a list of ints, to take only these of them. generator: of a torch DataLoader.
+    rows: a list of ints, to take only these of them. rng: generator of a DataLoader.
     Loaders of other kinds, or with a sampler or batches of your own, stay as they are.
     """
     if getattr(type(dl), '__iter__', None) is TensorLoader.__iter__:
@@ -1560,9 +1533,8 @@ def in_order(dl, rows=None, drop_last=False, generator=OWN_GENERATOR):
         dataset = dataset if chosen is None else data_tools.Subset(dataset, chosen)
     names = ('batch_size num_workers collate_fn pin_memory timeout worker_init_fn '
              'multiprocessing_context')
-    kwargs = {k: getattr(dl, k) for k in names.split()}
-    return data_tools.DataLoader(dataset, drop_last=drop_last, generator=generator,
-                                 **kwargs)
+    own = {k: getattr(dl, k) for k in names.split()}
+    return data_tools.DataLoader(dataset, drop_last=drop_last, generator=rng, **own)
 
 @patch
 def validate(self: Learner, ds_idx=1, dl=None, cbs=None):
@@ -1700,24 +1672,22 @@ def predict(self: Learner, item, with_input=False):
 
 def check_item(dls, x):
     """Refuse a batch `x` where one item is expected; see `Learner.predict`."""
-    is_stream = isinstance(dls.train_ds, data_tools.IterableDataset)
-    if is_stream or dls.split or not hasattr(dls.train_ds, '__getitem__'):
-        return
-    rng, sample = rng_state(dls), first_item(dls.train_ds[0])
-    set_rng_state(rng, dls)    # the data set may augment at random
-    shape = getattr(sample, 'shape', x.shape)
+    rng, ds, shape = rng_state(dls), dls.train_ds, x.shape
+    if hasattr(ds, '__getitem__') and hasattr(ds, '__len__') and not dls.split:
+        shape = getattr(first_item(ds[0]), 'shape', shape)
+        set_rng_state(rng, dls)    # the data set may augment at random
     check(len(shape) == x.dim(), f"an item of shape {list(x.shape)}, but train_ds[0] "
           f"has {list(shape)}; for a batch, use get_preds(dl=[batch])")
 
 @patch
 def tta(self: Learner, ds_idx=1, dl=None, n=4, item_tfms=None, batch_tfms=None,
-        beta=0.25, use_max=False):
+        beta=0.25):
     """Test time augmentation: the mean of `n` augmented passes, mixed with a plain one.
 
     item_tfms, batch_tfms: functions that augment an input, or a batch of them (of the
       first, if there are several); without these it is up to the data set.
     beta: weight of the plain predictions; None returns `(augmented, plain)` alone.
-    use_max: the largest of all predictions instead of means. Returns: (preds, targets).
+    Returns: (preds, targets).
     """
     def augment(self):
         x, *others = self.xb
@@ -1725,18 +1695,16 @@ def tta(self: Learner, ds_idx=1, dl=None, n=4, item_tfms=None, batch_tfms=None,
             x = torch.stack([item_tfms(item) for item in x])
         self.learn.xb = (x if batch_tfms is None else batch_tfms(x), *others)
     cb = Callback(before_batch=augment)
-    passes = torch.stack([self.get_preds(ds_idx, dl, cbs=cb)[0] for _ in range(n)])
-    augmented = passes.amax(0) if use_max else passes.mean(0)
+    passes = [self.get_preds(ds_idx, dl, cbs=cb)[0] for _ in range(n)]
+    augmented = torch.stack(passes).mean(0)
     plain, targets = self.get_preds(ds_idx, dl)
     if beta is None:
         return augmented, plain
-    mixed = torch.maximum(augmented, plain) if use_max else augmented.lerp(plain, beta)
-    return mixed, targets
+    return augmented.lerp(plain, beta), targets
 
 # 11. Saving: files that open with stock torch.load, and never run code
 # --------------------------------------------------------------------------------------
 # Needs: 8
-
 @patch
 def state_dict(self: Optimizer):
     """`{'state': [a dict per parameter], 'hypers': [one per group]}`, no copies."""
@@ -1846,9 +1814,8 @@ def put_state(file, state, model, opt, with_opt=None, strict=True):
     own = bare_state(model)
     weights = {str(k).replace('_orig_mod.', ''): v for k, v in weights.items()}
     fit = {k: v for k, v in weights.items() if k in own and kind(v) == kind(own[k])}
-    misfits = {'missing': own.keys() - weights.keys(),
-               'too many': weights.keys() - own.keys(),
-               'of another shape': (own.keys() & weights.keys()) - fit.keys()}
+    misfits = {'missing': own.keys() - weights, 'too many': weights.keys() - own,
+               'of another shape': own.keys() & weights.keys() - fit.keys()}
     text = '; '.join(f'{k}: {sorted(keys)}' for k, keys in misfits.items() if keys)
     check(not strict or not text, f"{file} does not fit the model, {text}")
     check(not with_opt or opt_state, f"with_opt=True, but {file} has no optimizer")
@@ -1920,7 +1887,6 @@ def load_learner(fname, cpu=True):
 # 12. Transfer: train the last layers first
 # --------------------------------------------------------------------------------------
 # Needs: 8, 9
-
 Optimizer.frozen_idx = 0    # the first group that trains
 
 @patch
@@ -1987,7 +1953,6 @@ def fine_tune(self: Learner, epochs, base_lr=2e-3, freeze_epochs=1, lr_mult=100,
 # 13. More optimizers: RMSProp, and torch's, by opt_func=torch.optim.AdamW
 # --------------------------------------------------------------------------------------
 # Needs: Part I only
-
 def rms_prop_step(p, lr, sqr_avg, eps, grad_avg=None, **kwargs):
     """p -= lr * (grad_avg or grad) / (sqrt(sqr_avg) + eps). Source: Hinton, 2012."""
     direction = p.grad.data if grad_avg is None else grad_avg
@@ -2025,8 +1990,7 @@ class OptimWrapper(Optimizer):
     hypers: copies; `set_hyper` reaches the torch optimizer.
     """
     betas = ('mom', 'sqr_mom')
-    hp_map = {'lr': 'lr', 'momentum': 'mom', 'weight_decay': 'wd', 'alpha': 'sqr_mom',
-              'eps': 'eps'}
+    hp_map = {'momentum': 'mom', 'weight_decay': 'wd', 'alpha': 'sqr_mom'}
 
     def __init__(self, params=None, opt=None, hp_map=None, convert_groups=True,
                  **kwargs):
@@ -2043,6 +2007,8 @@ class OptimWrapper(Optimizer):
         for group, params in zip(self.param_groups, lists, strict=True):
             group['params'] = params
 
+    step = property(lambda self: self.opt.step)
+    state_dict = property(lambda self: self.opt.state_dict)
     param_groups = property(lambda self: self.opt.param_groups)
     param_lists = property(lambda self: [g['params'] for g in self.param_groups],
                            _set_params)
@@ -2064,17 +2030,9 @@ class OptimWrapper(Optimizer):
             names = {ours: name for name, ours in self.hp_map.items() if name in group}
             group[names.get(k, k)] = value
 
-    def step(self):
-        """A step of the torch optimizer."""
-        self.opt.step()
-
     def clear_state(self):
         """Forget what the torch optimizer remembers."""
         self.opt.state.clear()
-
-    def state_dict(self):
-        """That of the torch optimizer."""
-        return self.opt.state_dict()
 
     def load_state_dict(self, sd):
         """Load what `state_dict` gave. Raises: ValueError if it does not fit."""
@@ -2101,7 +2059,6 @@ Learner.opt = property(lambda self: vars(self).get('_opt'), set_opt)
 # 14. A shelf of loaders, metrics and callbacks: take what you need
 # --------------------------------------------------------------------------------------
 # Needs: 8; 11 to save
-
 def from_dsets(cls, train_ds, valid_ds=None, bs=64, shuffle=True, **kwargs):
     """DataLoaders over data sets.
 
@@ -2198,8 +2155,7 @@ class TrackerCallback(Callback):
         self.best = self.worst = sign * math.inf
 
     def before_fit(self):
-        check('recorder' in vars(self.learn),
-              f"{self!r} needs the Recorder: learn.add_cb(Recorder)")
+        check('recorder' in vars(self.learn), f"{self!r} needs the Recorder: add it")
         names = [k for k in self.recorder.metric_names if k not in ('epoch', 'time')]
         check(self.monitor in names, f"monitor={self.monitor!r}: there are {names}")
         self.new_best, self.best_row = False, 0
@@ -2343,7 +2299,6 @@ class RNNRegularizer(Callback):
 # 15. Mixed precision: half the bits where these are enough
 # --------------------------------------------------------------------------------------
 # Needs: 8, 13
-
 HALF = {'fp16': torch.float16, 'bf16': torch.bfloat16}
 FP16_DEVICES = {'cuda'}
 
@@ -2373,7 +2328,6 @@ class MixedPrecision(Callback):
             self.amp_mode = 'bf16'
 
     def before_batch(self):
-        check(vars(self.learn)[self.name] is self, "two MixedPrecision: remove one")
         self.after_loss()    # a batch that broke off may have left it
         # kept on the learner: predictions in the middle of a batch put it back
         half = torch.float16 if self.scaler else torch.bfloat16
@@ -2421,7 +2375,6 @@ def to_fp32(self: Learner):
 # 16. Checkpoints: a training that was killed goes on
 # --------------------------------------------------------------------------------------
 # Needs: 8, 11, 12
-
 class CheckpointCallback(Callback):
     """Saves a fit after its epochs; if the file is there, the fit goes on from it.
 
@@ -2435,10 +2388,9 @@ class CheckpointCallback(Callback):
     Raises: ValueError, before anything changes, for a file of another training.
     """
     order, only_fit = math.inf, True    # last: it saves what all did
-    file, finished, checked = None, False, False
+    file, finished = None, False
 
     def __init__(self, fname, every=1, resume=True):
-        check(every > 0, f"every={every}: give a number of epochs, 1 or more")
         self.fname, self.every, self.resume = fname, every, resume
 
     def before_fit(self):
@@ -2471,9 +2423,6 @@ class CheckpointCallback(Callback):
                  'frozen_idx': learn.opt.frozen_idx, 'train_iter': learn.train_iter,
                  'rng': rng_state(learn.dls), 'plan': self.plan}
         save_state(state, self.file)
-        if not self.checked and process_rank() == 0:
-            load_state(self.file)    # better now than when it is needed
-            self.checked = True
 
     def go_on_from(self, state):
         """Take over what `save` wrote."""
@@ -2520,13 +2469,11 @@ def load_state_dict(self: Recorder, state):
         smooth = self.train_mets[0]
         smooth.value, smooth.count = self.losses[-1], len(self.losses)
         self.learn.smooth_loss = smooth.value
-    if self.values:
-        self.learn.final_record = self.values[-1]
+    self.learn.final_record = (self.values or [None])[-1]
 
 # 17. Many processes: the same training on several GPUs, or on several CPU cores
 # --------------------------------------------------------------------------------------
 # Needs: 8, 10
-
 class DistributedCallback(Callback):
     """Each process trains and predicts on its share of the rows; `distrib_ctx` adds it.
 
@@ -2534,9 +2481,8 @@ class DistributedCallback(Callback):
     which averages the gradients. Shares of a training are those of torch's
     DistributedSampler: of equal size, so that a few rows may come twice. In other
     passes none does, and what cannot be split is read by the first process alone.
-    Metrics are `AvgMetric`s, whose sums are added up, or say `sync_on_compute = True`,
-    as those of torchmetrics do, and ask the other processes themselves.
-    kwargs: of DistributedDataParallel.
+    Metrics are `AvgMetric`s, whose sums are added up, or join themselves, as those of
+    torchmetrics do by `sync_on_compute = True`. kwargs: of DistributedDataParallel.
     """
     order = -20    # before others look at losses and metrics, or cancel something
 
@@ -2550,8 +2496,8 @@ class DistributedCallback(Callback):
         weighs = isinstance(getattr(dl, 'sampler', 0), data_tools.WeightedRandomSampler)
         check(rows is not dl and not weighs, f"{type(dl).__name__} cannot be split: "
               "use a TensorLoader, or an unweighted DataLoader with indices", TypeError)
-        random = (data_tools.RandomSampler, data_tools.SubsetRandomSampler)
-        shuffle = getattr(dl, 'shuffle', isinstance(getattr(dl, 'sampler', 0), random))
+        in_turn = isinstance(getattr(dl, 'sampler', 0), data_tools.SequentialSampler)
+        shuffle = getattr(dl, 'shuffle', not in_turn)
         seed = self.gather(int(torch.randint(2**31, ())))[0]
         self.sampler = data_tools.DistributedSampler(rows.dataset, shuffle=shuffle,
                                                      seed=seed)
@@ -2562,7 +2508,7 @@ class DistributedCallback(Callback):
         self.learn.model = wrap(self.model, **self.kwargs)
         self.sampler.set_epoch(self.epoch)
         self.learn.dl = in_order(dl, list(self.sampler), dl.drop_last,
-                                 generator=getattr(dl, 'generator', None))
+                                 rng=getattr(dl, 'generator', None))
 
     def after_batch(self):
         """In training, the loss is from here on the mean over all processes."""
@@ -2623,11 +2569,10 @@ class DistributedCallback(Callback):
 def leave_group():
     """At exit, leave torch's group of processes together, or Gloo may abort one."""
     gc.collect()    # models that DistributedDataParallel has wrapped refer to the group
-    dist = torch.distributed
     with suppress(RuntimeError, ValueError):    # another has failed; it is not Gloo
-        dist.monitored_barrier(timeout=timedelta(seconds=20))
-    if dist.is_initialized():    # unless you have destroyed it
-        dist.destroy_process_group()
+        torch.distributed.monitored_barrier(timeout=timedelta(seconds=20))
+    if torch.distributed.is_initialized():    # unless you have destroyed it
+        torch.distributed.destroy_process_group()
 
 @patch
 @contextmanager
@@ -2649,13 +2594,12 @@ def distrib_ctx(self: Learner, **kwargs):
     if alone or 'distributed' in vars(self):    # or inside of another such context
         yield self
         return
-    backend = 'gloo'
-    if self.dls.device.type == 'cuda':
+    is_cuda = self.dls.device.type == 'cuda'
+    if is_cuda:
         torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
         self.dls.cuda()    # where the data then stays
-        backend = 'nccl'
     if not torch.distributed.is_initialized():    # it stays, as torch starts it once
-        torch.distributed.init_process_group(backend)
+        torch.distributed.init_process_group('nccl' if is_cuda else 'gloo')
     atexit.unregister(leave_group)    # after an error, nobody waits for others
     quiet = self.no_logging() if process_rank() > 0 else nullcontext()
     with quiet, self.added_cbs(DistributedCallback(**kwargs)):
@@ -2666,7 +2610,6 @@ def distrib_ctx(self: Learner, **kwargs):
 # 18. Speed: the step functions, unchanged, on many parameters at once
 # --------------------------------------------------------------------------------------
 # Needs: 13
-
 class TensorList:
     """Many tensors that answer to the methods of one, by torch's multi-tensor kernels.
 
@@ -2720,7 +2663,6 @@ def step(self: Optimizer):
 # 19. Pictures and progress: data, predictions, the course of a training
 # --------------------------------------------------------------------------------------
 # Needs: 8, 10
-
 def new_axes(n_rows=1, n_cols=1, figsize=None):
     """Array (n_rows, n_cols) of axes in a new matplotlib figure."""
     import matplotlib.pyplot as plt
@@ -2767,7 +2709,6 @@ def show_results(self: Learner, ds_idx=1, dl=None, max_n=9, shuffle=True, ax=Non
     """
     batch = next(iter(in_order(find_loader(self.dls, ds_idx, dl))))
     x, _, y, decoded = self.get_preds(dl=[batch], with_input=True, with_decoded=True)
-    check(y is not None, "show_results shows targets, and the batches have none")
     rows = list(range(len(decoded)))
     if shuffle:
         random.Random().shuffle(rows)
@@ -2776,20 +2717,17 @@ def show_results(self: Learner, ds_idx=1, dl=None, max_n=9, shuffle=True, ax=Non
     return show_samples(map_tensors(lambda t: t[rows], x), titles, ax)
 
 @patch
-def plot_loss(self: Recorder, skip_start=5, with_valid=True, log=False,
-              show_epochs=False, ax=None):
+def plot_loss(self: Recorder, skip_start=5, with_valid=True, log=False, ax=None):
     """Draw the smoothed training loss from batch `skip_start` on; returns the axes.
 
     with_valid: and the validation loss of each epoch. log: logarithmic axis.
-    show_epochs: mark the ends of epochs. ax: matplotlib axes to draw into.
+    ax: matplotlib axes to draw into.
     """
     ax, losses = ax or new_axes()[0, 0], [float(loss) for loss in self.losses]
     ax.plot(range(skip_start, len(losses)), losses[skip_start:], label='train')
     if with_valid and self.valid_mets:
         valid = [row[len(self.train_mets)] for row in self.values]
         ax.plot(self.iters, valid, '.-', label='valid')
-    for i in self.iters if show_epochs else []:
-        ax.axvline(i, color='lightgray', zorder=0)
     ax.set(xlabel='batch', ylabel='loss', yscale='log' if log else 'linear')
     ax.legend()
     return ax
@@ -2853,9 +2791,8 @@ class ProgressCallback(Callback):
         """Draw at most 10 times a second: reading the loss waits for the device."""
         if self.has_bar and time.perf_counter() - self.drawn_at > 0.1:
             self.drawn_at = time.perf_counter()
-            phase = 'train' if self.training else 'valid'
-            text = (f'epoch {self.epoch + 1}/{self.n_epoch} {phase} batch '
-                    f'{self.iter + 1}/{self.n_iter or "?"} loss {batch_loss(self):.4f}')
+            text = (f'epoch {self.epoch + 1}/{self.n_epoch} batch {self.iter + 1}/'
+                    f'{self.n_iter or "?"} loss {batch_loss(self):.4f}')
             print(f'{text:60}', end='\r', flush=True)
 
 def format_cell(v, width):
@@ -2894,7 +2831,6 @@ Learner.init_args = property(init_args)
 # 20. Demo: a small network learns MNIST-1D, a data set that needs no download
 # --------------------------------------------------------------------------------------
 # Needs: 9, 19
-
 # The ten hand-drawn shapes of MNIST-1D (arXiv:2011.14439), 12 points each
 MNIST1D_SHAPES = """
     5 6 6.5 6.75 7 7 7 7 6.75 6.5 6 5       5 3 3 3.4 3.8 4.2 4.6 5 5.4 5.8 5 5
@@ -2947,19 +2883,14 @@ def small_cnn():
     return nn.Sequential(body, head)
 
 def demo(n_epoch=15, seed=0, folder='.'):
-    """Train `small_cnn` on MNIST-1D; draw the loss and nine predictions to `folder`.
-
-    Returns: the test accuracy, a float from 0 to 1.
-    """
+    """Train `small_cnn` on MNIST-1D; draw nine predictions; returns the accuracy."""
     import matplotlib.pyplot as plt
     set_seed(seed)
     train, test = mnist1d()
     dls = DataLoaders.from_tensors(*train, valid=test)
     learn = Learner(dls, small_cnn(), nn.CrossEntropyLoss(), metrics=accuracy)
     learn.fit_one_cycle(n_epoch, 1e-2)
-    left, right = plt.figure(figsize=(11, 5.5), layout='constrained').subfigures(1, 2)
-    learn.recorder.plot_loss(ax=left.subplots())
-    learn.show_results(ax=right.subplots(3, 3))
+    learn.show_results()
     score, file = learn.final_record[-1], Path(folder, 'minilearner_demo.png')
     plt.savefig(file)
     print(f"test accuracy {score:.1%} (published CNN: 94 %), figure: {file}")
