@@ -51,7 +51,7 @@ from operator import length_hint
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import data as data_tools
 
 # PART I: The Learner, from scratch
@@ -353,7 +353,7 @@ class Learner:
         """The output of the model for `xb`; if it has `logits`, only these."""
         xb = self.xb
         pred = self.model(**xb[0]) if isinstance(xb[0], Keywords) else self.model(*xb)
-        if isinstance(pred, torch.Tensor):    # asked first, as it is what costs least
+        if isinstance(pred, Tensor):    # asked first, as it is what costs least
             return pred
         if isinstance(pred, Mapping):
             return pred.get('logits', pred)
@@ -624,7 +624,7 @@ class AvgMetric(Metric):
 
     def add(self, value, bs):
         """Add the mean of `bs` samples; it stays on the device, so nothing waits."""
-        self.total = self.total.add(without_graph(torch.as_tensor(value)), alpha=bs)
+        self.total = self.total.add(without_graph(value), alpha=bs)
         self.count += bs
 
     name = property(lambda self: func_name(self.func))
@@ -670,13 +670,13 @@ def batch_loss(learn):
     return loss.mean() if loss.dim() else loss    # a mean costs more than the test
 
 def without_graph(t):
-    """`t`, detached from its graph if it has one."""
-    return t.detach() if t.requires_grad else t
+    """`t`, detached from its graph if it has one; a number as it is."""
+    return t.detach() if getattr(t, 'requires_grad', False) else t
 
 def first_item(b):
     """The first item of `b`, the innermost one of nested tuples, lists and dicts."""
-    while isinstance(b, (tuple, list, Mapping)) and b:
-        b = next(iter(b.values() if isinstance(b, Mapping) else b))
+    while not isinstance(b, Tensor) and isinstance(b, (tuple, list, Mapping)) and b:
+        b = b[0] if isinstance(b, (tuple, list)) else next(iter(b.values()))
     return b
 
 def find_bs(b):
@@ -901,7 +901,7 @@ class DataLoaders:
         """Split a batch into the tuples `(xb, yb)`; of a dict, xb is `(inputs,)`."""
         if self.split:
             return tuple(map(tuplify, self.split(b)))
-        if isinstance(b, Mapping):
+        if not isinstance(b, (tuple, list)) and isinstance(b, Mapping):
             if not self.targets:
                 raise TypeError(f"of {list(b)}, say: DataLoaders(..., targets=key)")
             inputs = Keywords({k: v for k, v in b.items() if k not in self.targets})
@@ -928,13 +928,13 @@ def as_tensors(o):
     """List of tensors from a tensor, an array, or a tuple of these; None is empty."""
     def convert(a):    # floats of an array, float64 in NumPy, to torch's default
         t = torch.as_tensor(a)
-        stays = isinstance(a, torch.Tensor) or not t.is_floating_point()
+        stays = isinstance(a, Tensor) or not t.is_floating_point()
         return t if stays else t.to(torch.get_default_dtype())
     return [] if o is None else [convert(a) for a in tuplify(o)]
 
 def map_tensors(f, b):
     """Apply `f` to all tensors in tuples, lists, dicts and dataclasses; types stay."""
-    if isinstance(b, torch.Tensor):
+    if isinstance(b, Tensor):
         return f(b)
     if isinstance(b, (tuple, list)):
         items = [map_tensors(f, o) for o in b]
@@ -1106,9 +1106,9 @@ def norm_bias_params(model, with_bias=True):
 
 def as_groups(params):
     """Lists of parameters from parameters, iterables of them, or a single tensor."""
-    params = [params] if isinstance(params, torch.Tensor) else list(params)
+    params = [params] if isinstance(params, Tensor) else list(params)
     check(dict not in map(type, params), "groups are dicts: give lists of parameters")
-    is_one = [isinstance(p, torch.Tensor) or not hasattr(p, '__iter__') for p in params]
+    is_one = [isinstance(p, Tensor) or not hasattr(p, '__iter__') for p in params]
     return [params] if any(is_one) or not params else [list(p) for p in params]
 
 def spread(v, n, name='hyper'):
@@ -1733,7 +1733,7 @@ def check_fits(opt, hypers, states):
         # a fit may add others, and torch's flags change by version
         ok = ok and (own.keys() ^ hyper.keys()).isdisjoint({'lr', 'sqr_mom', 'eps'})
     for p, state in zip(params, states):
-        for shape in [t.shape for t in state.values() if isinstance(t, torch.Tensor)]:
+        for shape in [t.shape for t in state.values() if isinstance(t, Tensor)]:
             sizes = zip(reversed(shape), reversed(p.shape))
             ok = ok and len(shape) <= p.dim() and all(n in (1, m) for n, m in sizes)
     check(ok, "the state of another optimizer; to leave it out, say with_opt=False")
@@ -1996,7 +1996,7 @@ class OptimWrapper(Optimizer):
                  **kwargs):
         opt, params = (params, None) if opt is None else (opt, params)
         if not isinstance(opt, torch.optim.Optimizer):
-            params = [params] if isinstance(params, torch.Tensor) else list(params)
+            params = [params] if isinstance(params, Tensor) else list(params)
             if convert_groups and not any(isinstance(p, dict) for p in params):
                 params = [{'params': group} for group in as_groups(params)]
             opt = opt(params, **kwargs)
@@ -2631,27 +2631,27 @@ class TensorList:
     data = property(lambda self: self)
     grad = property(lambda self: TensorList([t.grad for t in self.tensors]))
 
-FAST_STEPS = [sgd_step, weight_decay, l2_reg, average_grad, average_sqr_grad,
-              momentum_step, rms_prop_step, step_stat, adam_step]
+FAST_STEPS = {sgd_step, weight_decay, l2_reg, average_grad, average_sqr_grad,
+              momentum_step, rms_prop_step, step_stat, adam_step}
 one_by_one = Optimizer.step
 
 @patch
 @torch.no_grad()
 def step(self: Optimizer):
     """Run the step functions; this file's own once for all parameters alike."""
-    own = [(f.func if isinstance(f, partial) else f) in FAST_STEPS for f in self.cbs]
-    if not all(own) or sum(map(len, self.param_lists)) <= 8:    # few are fast anyway
-        return one_by_one(self)
+    steps = (f.func if isinstance(f, partial) else f for f in self.cbs)
+    if sum(map(len, self.param_lists)) <= 8 or not FAST_STEPS.issuperset(steps):
+        return one_by_one(self)    # few are fast anyway
     alike = defaultdict(list)
     for p, _, state, hyper in self.all_params(with_grad=True):
-        others = [v for v in state.values() if not isinstance(v, torch.Tensor)]
+        others = [v for v in state.values() if not isinstance(v, Tensor)]
         kind = id(hyper), p.device, p.dtype, tuple(state), str(others)
         alike[kind].append((p, state, hyper))
     for items in alike.values():
         ps, states, (hyper, *_) = zip(*items)
         joint, new = dict(states[0]), {}    # equal in all, but for the tensors
         for k, v in joint.items():
-            if isinstance(v, torch.Tensor):
+            if isinstance(v, Tensor):
                 joint[k] = TensorList([state[k] for state in states])
         for f in self.cbs:
             new.update(run_step(f, TensorList(ps), {**joint, **new}, hyper))
@@ -2691,7 +2691,7 @@ def show_samples(xs, titles=None, ax=None):
 def caption(dls, y):
     """What stands over a picture: numbers are rounded, larger tensors left out."""
     y = dls.decoded(y)
-    if isinstance(y, torch.Tensor):
+    if isinstance(y, Tensor):
         y = y.item() if y.numel() == 1 else ''
     return f'{y:.4g}' if isinstance(y, float) else str(y)
 
