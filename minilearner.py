@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
 """minilearner: the fastai Learner, rebuilt from scratch in one readable file.
 
-    train, test = mnist1d()
+    train, test = mnist1d()             # of Part II, as is small_cnn
     dls = DataLoaders.from_tensors(*train, valid=test)
     learn = Learner(dls, small_cnn(), nn.CrossEntropyLoss(), metrics=accuracy)
-    learn.fit_one_cycle(5, 1e-2)
+    learn.fit_one_cycle(5, 1e-2)        # of Part II; Part I has learn.fit
 
 Part I is a complete trainer: a plain loop, then one tool after another that replaces a
 hard-coded piece of it. Part II is the rest of fastai's Learner. Part I knows nothing of
 Part II, whose sections plug in as your own code can: by callbacks, and by `@patch`,
-which adds a method to a class. Each works with Part I and the sections that it names.
+which adds a method to a class. A section needs Part I and the sections that it names.
 
 PART I  The Learner, from scratch     PART II  The rest of fastai's Learner
 1  The plain loop                      8  Shared           14  A shelf of callbacks
@@ -23,9 +23,9 @@ PART I  The Learner, from scratch     PART II  The rest of fastai's Learner
 Words (B is the batch size, C the number of classes)
     xb, yb      inputs and targets of a batch, always tuples: `model(*xb)`
     x, y        the same, without the tuple if it has one element
-    pred, loss  `model(*xb)`, and `loss_func(pred, *yb)`, a 0-d tensor
+    pred, loss  `model(*xb)`, and `loss_func(pred, *yb)`, 0-d in training
     ds, dl, dls a data set; a loader of batches; a `DataLoaders`
-    group       parameters (say, the head) with their `hypers`, {'lr': 0.1, 'mom': 0.9}
+    group       parameters (say, the head) with their `hyper`, {'lr': 0.1, 'mom': 0.9}
     wd, mom     weight decay, momentum; `sqr_mom` is that of the squared gradients
     state       what is remembered of one parameter: `{'grad_avg': tensor, 'step': 3}`
     cb, cbs     a callback, an object with methods named after events; a list of them
@@ -84,9 +84,9 @@ def fit_plain(model, train, valid, loss_func, opt, n_epoch):
 # 2. Events and callbacks: where your code steps into the loop
 # --------------------------------------------------------------------------------------
 # A part of the loop, such as a batch, fires before_batch when it begins and after_batch
-# when it ends, even if an error ends it. CancelBatchException ends it early; then
-# after_cancel_batch comes first. Likewise for the other parts. after_create comes once,
-# at the end of the Learner's __init__.
+# when it ends, also by an error. CancelBatchException, raised before after_batch, ends
+# it early: after_cancel_batch comes, then after_batch. Elsewhere it is an error.
+# Likewise for the other parts. after_create comes at the end of Learner.__init__.
 
 def check(ok, message, error=ValueError):
     """Raise `error(message)` unless `ok`: how this file refuses bad input."""
@@ -94,7 +94,7 @@ def check(ok, message, error=ValueError):
         raise error(message)
 
 class event:
-    """The events of a fit, in their order; `event.before_fit == 'before_fit'`.
+    """The events of a fit. EVENTS is read from this text; event.after_fit is a str.
 
     Start Fit
        - before_fit
@@ -180,12 +180,12 @@ class Callback:
 
     `Callback(before_step=f)` makes one from a function that takes the callback.
     What a callback lacks is looked up in its learner: `self.loss` is `self.learn.loss`;
-    to change it there, write `self.learn.loss = ...`.
+    to change it there, write `self.learn.loss = ...`, as `self.loss = ...` warns.
     order: lower runs first; equal ones run in the order of adding.
     run_before, run_after: a callback class or a list of them; stronger than `order`.
     run: False skips all events; the end of the fit sets it back to True.
-    run_train, run_valid: False skips before_batch to after_batch in that phase.
-    Raises: AttributeError for a method whose name looks like a misspelt event.
+    run_train, run_valid: False skips only before_batch to after_batch in that phase.
+    Raises: AttributeError for a method before_*, after_* or begin_* that is no event.
     """
     order, run_before, run_after = 0, (), ()
     run = run_train = run_valid = True
@@ -231,7 +231,7 @@ class Callback:
     def __repr__(self):
         return type(self).__name__
 
-    name = property(lambda self: class2attr(self, 'Callback'))    # found as learn.name
+    name = property(lambda self: class2attr(self, 'Callback'))    # learn.<name> is self
 
 def must_precede(a, b):
     """Whether callback `a` has to run before `b`, by `run_before` or `run_after`."""
@@ -240,7 +240,7 @@ def must_precede(a, b):
 
 # 3. The Learner: a model, data, a loss, an optimizer, and the loop that joins them
 # --------------------------------------------------------------------------------------
-# Read whenever a Learner is made. Sections 3 and 5 add the callbacks.
+# What a Learner takes if it is given nothing. Sections 3 and 5 append their callbacks.
 defaults = types.SimpleNamespace(lr=1e-3, callbacks=[])
 
 class Learner:
@@ -251,16 +251,16 @@ class Learner:
     opt_func: called as `opt_func(params, lr=lr)`; default: `Adam`.
     lr: learning rate; default: `defaults.lr`; an `lr` in a `partial` opt_func wins.
     splitter: function from the model to a list of parameter groups; default: one group.
-    cbs: callbacks or classes, beside `defaults.callbacks`; default_cbs=False: alone.
+    cbs: callbacks or classes; default_cbs=False leaves out those of `defaults`.
     metrics: functions of `(pred, *yb)` or objects; see `mk_metric`.
     path, model_dir: files are saved in path/model_dir; default path: that of `dls`.
     wd: weight decay; default: that of the optimizer.
     wd_bn_bias: decay biases and norm layers, too (torch's optimizers always do).
-    train_bn: whether norm layers train although their group is frozen.
+    train_bn: False keeps norm layers whose parameters are all frozen in eval mode.
     moms: momentum at the start, peak and end of a one-cycle fit.
 
-    While a batch is processed, `xb, yb, pred, loss` are its inputs, targets, prediction
-    and loss. The last two carry their graph: detach what you keep.
+    In a batch, `xb, yb, pred, loss` are its inputs, targets, prediction and loss (until
+    after_loss, that of the last one). pred and loss have graphs: detach what you keep.
     """
     def __init__(self, dls, model, loss_func=None, opt_func=None, lr=None,
                  splitter=None, cbs=None, metrics=None, path=None, model_dir='models',
@@ -300,7 +300,7 @@ class Learner:
             for value in (self.wd, wd):
                 if value is not None:
                     opt.set_hyper('wd', value)
-            opt.zero_grad()    # what a batch that broke off has left
+            opt.zero_grad()    # an error in the last fit may have left gradients
             self.n_epoch, self.start_epoch = n_epoch, start_epoch
             try:
                 self._stage('fit', self._all_epochs, CancelFitException)
@@ -360,7 +360,7 @@ class Learner:
         return getattr(pred, 'logits', pred)
 
     def _train_step(self):
-        # backward starts from loss_grad, which a callback may scale; loss is reported
+        # before_backward may scale loss_grad, hence the lambda; loss is reported
         opt, self.loss_grad = self.opt or self.ensure_opt(), self.loss
         self._stage('backward', lambda: self.loss_grad.backward(),
                     CancelBackwardException)
@@ -419,11 +419,11 @@ class Learner:
 
     # ---- the optimizer
     def ensure_opt(self, reset=False):
-        """The optimizer; a new one if `reset`, or if the model has others to train."""
+        """The optimizer; a new one if `reset`, or to train what it was not made for."""
         opt, params = self.opt, {*trainable_params(self.model)}
-        # an optimizer that you made yourself has no `made_for`, and stays
+        # an optimizer that you made yourself stays: its `made_for` is None
         is_ours = opt is not None and opt.made_for is not None
-        if reset or opt is None or is_ours and params - opt.made_for:
+        if reset or opt is None or (is_ours and params - opt.made_for):
             self.create_opt()
         return self.opt
 
@@ -438,7 +438,7 @@ class Learner:
         self.opt.set_hyper('lr', lr)
         self.opt.made_for = {*trainable_params(self.model)}.union(*self.opt.param_lists)
         for p in [] if self.wd_bn_bias else norm_bias_params(self.model):
-            self.opt.state[p]['do_wd'] = False
+            self.opt.state[p]['do_wd'] = False    # for weight_decay and l2_reg
 
     def new_opt(self, params, lr):
         """What `opt_func` makes. Section 13 replaces this: it wraps torch's."""
@@ -453,7 +453,7 @@ class Learner:
     @cbs.setter
     def cbs(self, cbs):
         """Register these callbacks, and no others; see `add_cbs`."""
-        cbs = newest(self, [o() if isinstance(o, type) else o for o in listify(cbs)])
+        cbs = check_cbs(self, [o() if isinstance(o, type) else o for o in listify(cbs)])
         for cb in self._cbs:
             cb.learn = None
             vars(self).pop(cb.name, None)
@@ -471,7 +471,7 @@ class Learner:
     def remove_cbs(self, cbs):
         """Remove callbacks, or all of a class, if present; returns the learner."""
         cbs = listify(cbs)
-        kinds = {full_name(o) for o in cbs if isinstance(o, type)}
+        kinds = {class_key(o) for o in cbs if isinstance(o, type)}
         self.cbs = [cb for cb in self._cbs if cb not in cbs
                     and kinds.isdisjoint(map(full_name, type(cb).__mro__))]
         return self
@@ -516,19 +516,19 @@ def check_parts(dls, model, loss_func, opt_func):
     check(ok, f"{loss_func=}: give, say, nn.MSELoss()", TypeError)
     check(callable(opt_func or Adam), f"{opt_func=}: give, say, SGD", TypeError)
 
-def newest(learn, cbs):
-    """The callbacks, once each, but for those whose class was defined again since."""
+def check_cbs(learn, cbs):
+    """Check `cbs`; drop repeats, and those whose class a notebook has defined anew."""
     for cb in cbs:
         check(isinstance(cb, Callback), f"{cb!r} is not a Callback", TypeError)
     taken = {*dir(type(learn)), *vars(learn)} - {cb.name for cb in learn.cbs}
     kinds = {cb.name: type(cb) for cb in cbs}
     for cb in cbs:
-        ok = cb.name not in taken and full_name(type(cb)) == full_name(kinds[cb.name])
+        ok = cb.name not in taken and class_key(type(cb)) == class_key(kinds[cb.name])
         check(ok, f"{cb!r}: the name {cb.name!r} is taken; rename its class")
     return [cb for cb in dict.fromkeys(cbs) if type(cb) is kinds[cb.name]]
 
-def full_name(cls):
-    """Module and name of a class, which stay if a notebook's cell defines it again."""
+def class_key(cls):
+    """What identifies a class: the same if a notebook's cell defines it anew."""
     # but a class that a function makes is another one each time
     return cls if '<locals>' in cls.__qualname__ else (cls.__module__, cls.__qualname__)
 
@@ -554,7 +554,7 @@ def where(learn):
 
 class TrainEvalCallback(Callback):
     """Puts the model into the right mode and place, and counts progress."""
-    order, run_valid = -10, False
+    order, run_valid = -10, False    # after_batch counts training batches only
 
     def before_fit(self):
         """Start from 0; move the model, and a loss function with weights, if any."""
@@ -565,7 +565,7 @@ class TrainEvalCallback(Callback):
                 o.to(self.dls.device)
 
     def before_train(self):
-        """Frozen norm layers keep their statistics, too, if `train_bn` is False."""
+        """Training mode, but not for frozen norm layers if `train_bn` is False."""
         self.model.train()
         for m in [] if self.train_bn else self.model.modules():
             params = [*m.parameters()]
@@ -587,7 +587,7 @@ class TrainEvalCallback(Callback):
 
 defaults.callbacks.append(TrainEvalCallback)
 
-# 4. Metrics: numbers about a whole pass, exact also if the last batch is smaller
+# 4. Metrics: numbers about a whole pass; means are exact if the last batch is smaller
 # --------------------------------------------------------------------------------------
 class Metric:
     """Base class: `reset` before a pass, `accumulate` after every batch, then `value`.
@@ -608,7 +608,7 @@ class Metric:
         """Take in the batch: `learn.xb`, `learn.yb`, `learn.pred`, `learn.loss`."""
 
 class AvgMetric(Metric):
-    """Mean over all samples of `func(pred, *yb)`, a number, or a tensor of one."""
+    """Mean over all samples of `func(pred, *yb)`, which is the mean of one batch."""
     def __init__(self, func=None):
         self.func = func
         self.reset()
@@ -653,7 +653,7 @@ class AvgSmoothLoss(Metric):
         """Mix the loss of the batch in."""
         loss = batch_loss(learn).float()
         self.count += 1
-        # losses weigh 1, beta, beta**2, ... from the newest back: its share of the sum
+        # weights, newest first: 1, beta, beta**2, ...; share: the first over their sum
         share = (1 - self.beta) / (1 - self.beta ** self.count)
         self.value = loss.clone() if self.count == 1 else self.value.lerp(loss, share)
 
@@ -705,12 +705,12 @@ class Recorder(Callback):
 
     add_time: end the row with the time, 'mm:ss', from an hour on 'h:mm:ss'.
     train_metrics, valid_metrics: whether metrics are computed in that pass.
-    beta: weight of the past in the smoothed training loss, `learn.smooth_loss`.
+    beta: weight of the past in `learn.smooth_loss`, which is also the train_loss shown.
     losses, lrs: smoothed loss (0-d) and rate of the last group, by training batch.
     iters: training batches up to each epoch's end.
-    metric_names: the titles of `log`, the newest row.
+    log, metric_names: the newest row; the titles of its entries, which are not printed.
     hps: hypers that were scheduled in the fit, `{name: one value per training batch}`.
-    values: the rows' numbers, None for a cancelled pass; last: `learn.final_record`.
+    values: all rows' numbers, None for a cancelled pass; last: `learn.final_record`.
     """
     order, hps, row = 50, {}, []
     train_mets = valid_mets = lrs = losses = iters = values = ()
@@ -766,7 +766,7 @@ class Recorder(Callback):
     def after_train(self):
         if self.completed:
             self.row[:len(self.train_mets)] = map(final_value, self.train_mets)
-            if len(self.losses) == (self.iters or [0])[-1]:
+            if len(self.losses) == (self.iters or [0])[-1]:    # none since last epoch
                 warnings.warn("nothing was trained: no batch with a target was done")
 
     def after_validate(self):
@@ -801,7 +801,7 @@ defaults.callbacks.append(Recorder)
 # 6. Data: loaders of batches
 # --------------------------------------------------------------------------------------
 class TensorLoader:
-    """Cuts batches from tensors in memory by one index each, not sample by sample.
+    """Cuts batches from tensors in memory, by one index_select each, not row by row.
 
     tensors: (N, ...) with the same N each, inputs first; on any device.
     bs: rows of a batch; the last may have fewer, or is left out by `drop_last`.
@@ -1026,7 +1026,7 @@ class Optimizer:
     """Runs step functions, one after another, on every parameter that has a gradient.
 
     params: parameters (one group), or iterables of them (groups), or a single tensor.
-    cbs: a step function or a list; an attribute `defaults` of one is a dict of hypers.
+    cbs: a step function or a list, no Callbacks; `f.defaults`, a dict, adds hypers.
     train_bn: not used here, see `Learner`. defaults: hypers of all groups.
     """
     made_for = None    # a Learner that makes it remembers the parameters here
@@ -1054,7 +1054,7 @@ class Optimizer:
         """
         values = spread(v, len(self.param_lists), k)
         ok = all(isinstance(value, (int, float)) and value >= 0 for value in values)
-        if k in ('lr', 'wd') and not ok:    # no `check`: its text would cost each batch
+        if k in ('lr', 'wd') and not ok:    # `check` would build its text in each batch
             raise ValueError(f"{k}={v!r}: give a number of at least 0")
         for i, value in enumerate(values):
             self._set(i, k, value)
@@ -1128,7 +1128,7 @@ def spread(v, n, name='hyper'):
 def SGD(params, lr, mom=0., wd=0., decouple_wd=True):
     """Optimizer: gradient descent with momentum `mom` (0 to 1) and weight decay `wd`.
 
-    Equals torch.optim.SGD, whose weight_decay is the `wd` of `decouple_wd=False`.
+    Equals torch.optim.SGD if `decouple_wd=False`. With mom=0, a later `mom` is ignored.
     """
     steps = [weight_decay if decouple_wd else l2_reg]
     steps += [average_grad, momentum_step] if mom else [sgd_step]
@@ -1137,7 +1137,7 @@ def SGD(params, lr, mom=0., wd=0., decouple_wd=True):
 def Adam(params, lr, mom=0.9, sqr_mom=0.99, eps=1e-5, wd=0.01, decouple_wd=True):
     """Optimizer: momentum and RMSProp together, with both averages debiased.
 
-    Equals torch.optim.AdamW, or Adam for `decouple_wd=False`; betas are mom, sqr_mom.
+    With equal hypers, torch.optim.AdamW (Adam if not decouple_wd); betas=mom, sqr_mom.
     """
     steps = [weight_decay if decouple_wd else l2_reg, step_stat,
              partial(average_grad, dampening=True), average_sqr_grad, adam_step]
