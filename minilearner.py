@@ -473,7 +473,7 @@ class Learner:
         cbs = listify(cbs)
         kinds = {class_key(o) for o in cbs if isinstance(o, type)}
         self.cbs = [cb for cb in self._cbs if cb not in cbs
-                    and kinds.isdisjoint(map(full_name, type(cb).__mro__))]
+                    and kinds.isdisjoint(map(class_key, type(cb).__mro__))]
         return self
     add_cb, remove_cb = add_cbs, remove_cbs
 
