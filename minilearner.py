@@ -2431,9 +2431,11 @@ class CheckpointCallback(Callback):
         differ = {k: plan.get(k) for k, v in self.plan.items() if plan.get(k) != v}
         check(not differ, f"{self.file} is of another fit, with {differ}: resume=False "
               "replaces it. To train longer, load it, and fit with another file")
+        is_module = isinstance(learn.loss_func, nn.Module)
+        loss_func = learn.loss_func if is_module else nn.Module()
+        put_state(self.file, state['loss_func'], copy.deepcopy(loss_func), None)    # try
         put_state(self.file, state, learn.model, learn.opt)
-        if isinstance(learn.loss_func, nn.Module):
-            put_state(self.file, state['loss_func'], learn.loss_func, None)
+        loss_func.load_state_dict(state['loss_func'])
         for cb, own in zip(learn.cbs, state['cbs'], strict=True):
             cb.load_state_dict(to_device(own, learn.dls.device))
         if state['frozen_idx'] != learn.opt.frozen_idx:
@@ -2771,8 +2773,7 @@ class ProgressCallback(Callback):
     order, only_fit, has_bar, drawn_at = 55, True, False, 0.
 
     def before_fit(self):
-        is_ours = self.logger in (print, self.write_row)
-        if is_ours and 'recorder' in vars(self.learn):
+        if self.logger in (print, self.write_row) and 'recorder' in vars(self.learn):
             self.has_bar = sys.stdout.isatty() or 'ipykernel' in sys.modules
             self.learn.logger = self.write_row
             self.write_row(self.recorder.metric_names)
@@ -2884,15 +2885,14 @@ def small_cnn():
 
 def demo(n_epoch=15, seed=0, folder='.'):
     """Train `small_cnn` on MNIST-1D; draw nine predictions; returns the accuracy."""
-    import matplotlib.pyplot as plt
     set_seed(seed)
     train, test = mnist1d()
     dls = DataLoaders.from_tensors(*train, valid=test)
     learn = Learner(dls, small_cnn(), nn.CrossEntropyLoss(), metrics=accuracy)
     learn.fit_one_cycle(n_epoch, 1e-2)
-    learn.show_results()
+    axs = learn.show_results()
     score, file = learn.final_record[-1], Path(folder, 'minilearner_demo.png')
-    plt.savefig(file)
+    axs.flat[0].figure.savefig(file)
     print(f"test accuracy {score:.1%} (published CNN: 94 %), figure: {file}")
     return score
 
