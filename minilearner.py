@@ -2433,7 +2433,7 @@ class CheckpointCallback(Callback):
               "replaces it. To train longer, load it, and fit with another file")
         is_module = isinstance(learn.loss_func, nn.Module)
         loss_func = learn.loss_func if is_module else nn.Module()
-        put_state(self.file, state['loss_func'], copy.deepcopy(loss_func), None)    # try
+        put_state(self.file, state['loss_func'], copy.deepcopy(loss_func), None)  # try
         put_state(self.file, state, learn.model, learn.opt)
         loss_func.load_state_dict(state['loss_func'])
         for cb, own in zip(learn.cbs, state['cbs'], strict=True):
