@@ -1484,8 +1484,8 @@ def loss_not_reduced(self: Learner):
 def validation_context(self: Learner, cbs=None, inner=False):
     """Context for predictions, also in the middle of a training: nothing is disturbed.
 
-    cbs: callbacks for the time being; those with `only_fit` are removed. Nothing is
-    printed; the model is on the device of `dls`, in evaluation mode, without gradients.
+    cbs: added for the time being; the Learner's own with `only_fit` are removed. Nothing
+    is printed; the model is on the device of `dls`, in evaluation mode, no gradients.
     """
     with restored(self), torch.no_grad():
         self.cbs = [cb for cb in self.cbs if not cb.only_fit] + listify(cbs)
@@ -1509,7 +1509,7 @@ def run_validation(learn, ds_idx, dl, reorder, cbs):
         learn.dl = dl
         learn._stage('validate', learn.all_batches, CancelValidException)
 
-# Loaders of predictions draw from it, not from torch's global generator
+# DataLoaders of predictions seed their workers from it, not from torch's global one
 OWN_GENERATOR = torch.Generator()
 # A DataLoader with one of these may draw all rows, or all `indices` of its sampler
 KNOWN_SAMPLERS = (data_tools.SequentialSampler, data_tools.RandomSampler,
@@ -1758,7 +1758,7 @@ def save_model(file, model, opt, with_opt=True, pickle_protocol=2):
     return file
 
 def save_state(state, file, pickle_protocol=2):
-    """`torch.save`, to a path in one go: a crash or full disk leaves what was there."""
+    """`torch.save` to an open file, or to a path in one go: a crash leaves the old."""
     if hasattr(file, 'write'):
         return torch.save(state, file, pickle_protocol=pickle_protocol)
     if process_rank() > 0:
@@ -1807,7 +1807,7 @@ def load_model(file, model, opt, with_opt=None, device=None, strict=True):
     put_state(file, state, model, opt, with_opt, strict)
 
 def put_state(file, state, model, opt, with_opt=None, strict=True):
-    """Load `state`, which was read from `file`, into `model` and `opt`, or raise."""
+    """Load `state`, read from `file`, into `model` and `opt`; see `load_model`."""
     both = isinstance(state, dict) and state.keys() >= {'model', 'opt'}
     weights, opt_state = (state['model'], state['opt']) if both else (state, None)
     check(isinstance(weights, dict), f"{file} holds no state dict of a model")
@@ -1858,7 +1858,7 @@ def load(self: Learner, file, with_opt=None, device=None, strict=True):
 
 @patch
 def export(self: Learner, fname='export.pkl', pickle_protocol=2):
-    """Write the learner, without data and optimizer, to path/fname; returns the path.
+    """Write the learner to path/fname, which is returned: no loaders, no optimizer.
 
     For `load_learner`. Of functions and classes only the names are saved: where it is
     loaded, these must be there to import.
@@ -2328,7 +2328,6 @@ class MixedPrecision(Callback):
             self.amp_mode = 'bf16'
 
     def before_batch(self):
-        self.after_loss()    # a batch that broke off may have left it
         # kept on the learner: predictions in the middle of a batch put it back
         half = torch.float16 if self.scaler else torch.bfloat16
         self.learn.autocast = torch.autocast(self.dls.device.type, half)
@@ -2343,7 +2342,8 @@ class MixedPrecision(Callback):
             self.learn.autocast.__exit__(None, None, None)
         self.learn.autocast = None
 
-    after_batch = after_fit = after_loss    # if the batch ended before its loss
+    # if the batch ended before its loss, or even before this callback's after_batch
+    after_batch = after_train = after_epoch = after_fit = after_loss
 
     def before_backward(self):
         if self.scaler:

@@ -271,7 +271,7 @@ def outcome(process, patience=150):
         out, err = process.communicate(timeout=patience)
     except subprocess.TimeoutExpired:
         kill_all(process)
-        raise AssertionError("the processes wait for each other: not all of them gather, or a second process group was made")
+        raise AssertionError("the processes wait for each other: do all of them gather?")
     blank = BLANK.search(err)
     if blank:
         raise NotImplementedError(blank[0])
@@ -1410,7 +1410,7 @@ lesson(9, "Inference", minutes=75,
            'GatherPredsCallback.after_batch': "`keep` what is asked for, of completed batches; see find_bs",
            'act_and_decodes': "a `partial` has the function in .func; map_tensors goes into tuples",
            'Learner.get_preds': "a GatherPredsCallback in run_validation; then `concat`; loss_not_reduced is a context",
-           'Learner.predict': "a batch of one, t[None], for get_preds(dl=[batch]); see check_item, and `dls.split`",
+           'Learner.predict': "a batch of one, t[None], all of it input (`dls.split`), for get_preds; see check_item",
            'Learner.tta': "a callback changes self.learn.xb in before_batch; torch.stack the passes"})
 
 def test_validation_context_is_for_predictions():
@@ -1559,10 +1559,10 @@ lesson(10, "Saving", minutes=60,
        read="section 11",
        exercises={
            'save_state': "write to another name, then flush, os.fsync; os.replace is done in one go",
-           'load_state': "it is a zip, whose `testzip` sees what torch.load does not; tell, seek",
+           'load_state': "a zip, whose `testzip` sees what torch.load does not, and moves the place in an open file",
            'bare_state': "torch.compile keeps the model in `_orig_mod`, DataParallel in `module`; keys show it",
            'put_state': "which keys fit, see `kind`? Check all before the first change; an optimizer may refuse, too",
-           'Learner.export': "`restored` puts back what you take out: data, optimizer, batch, callback `distributed`"})
+           'Learner.export': "`restored` puts back what you take out: loaders (train=[]), optimizer, logger, batch, `distributed`"})
 
 def test_a_file_is_written_in_one_go(tmp_path, monkeypatch):
     file, sizes, fsync = tmp_path / 'some' / 'where' / 'a.pth', [], os.fsync
@@ -1673,9 +1673,9 @@ lesson(11, "A shelf of callbacks", minutes=50, read="section 14",
        exercises={
            'before_batch_cb': "f is given self.x and self.y; xb and yb of the learner are tuples: tuplify",
            'TerminateOnNaNCallback.after_loss': "to_detach(self.loss, cpu=False) is that of all processes; `say` why",
-           'TrackerCallback.after_epoch': "recorder.metric_names, recorder.log; best_row counts recorder.values",
+           'TrackerCallback.after_epoch': "names beside recorder.log, which may be [None]; best_row counts recorder.values",
            'SaveModelCallback.after_epoch': "compare, as trackers do; every_epoch: if `completed`; else if new_best",
-           'SaveModelCallback.after_fit': "at_end saves, else load the best: if one was, none failed, epochs were left",
+           'SaveModelCallback.after_fit': "nothing after a failure; at_end saves; else load the best, if there is one",
            'RNNRegularizer.after_loss': "mean squares, in float32, of out[-1], raw_out[-1].diff(dim=1); forget both"})
 
 def test_a_function_may_change_every_batch():
@@ -1792,11 +1792,11 @@ lesson(12, "Mixed precision and checkpoints", minutes=40, read="sections 15 and 
        goal="train with half the bits where these are enough, and go on after a crash as if nothing had happened",
        predict="what has to be in a file from which a training goes on to the very same bits? Write a list.",
        exercises={
-           'MixedPrecision.before_batch': "leave what the last batch may have left; enter torch.autocast, keep it",
+           'MixedPrecision.before_batch': "torch.autocast for the type of device; enter it, keep it in learn.autocast",
            'MixedPrecision.after_loss': "leave the context by its __exit__, if there is one; learn.autocast is None",
            'CheckpointCallback.save': "save_state of a dict: all on your list, and self.plan",
            'CheckpointCallback.go_on_from':
-               "check that it has a plan, the same; put_state: model and optimizer, loss; callbacks, frozen_idx, "
+               "check that it has a plan, the same; put_state: loss (first on a copy), model; callbacks, frozen_idx, "
                "counts; `say` so; random numbers last: the others may draw some"})
 
 def test_half_precision_is_for_prediction_and_loss_alone():
@@ -3746,7 +3746,8 @@ class Guide:
             items[:] = [item for item in items if isinstance(item, pytest.Function)]
             items.sort(key=lambda item: (number(item), inspect.unwrap(item.function).__code__.co_firstlineno))
             lessons = map(lesson_number, {*map(number, items)} - {0})
-            self.first_blank = min((one.n for one in lessons if any(b for _, b in tasks(one).values())), default=math.inf)
+            self.first_blank = min((one.n for one in lessons if any(b for _, b in tasks(one).values())),
+                                   default=math.inf)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item):
@@ -3883,7 +3884,7 @@ def handout(folder, *wanted):
         chosen = [name for one in LESSONS for name in one.exercises
                   if word in ('all', str(one.n), name) or word == 'core' and one.n <= N_CORE]
         if not chosen:
-            return f"no lesson or exercise {word}: there are lessons 1 to {len(LESSONS)}, and functions such as Learner.fit"
+            return f"no lesson or exercise {word}: there are lessons 1 to {len(LESSONS)}, and names such as Learner.fit"
         names += chosen
     folder.mkdir(parents=True, exist_ok=True)
     text = '# An exercise: pytest says what is next\n' + blank(SOURCE, names)
