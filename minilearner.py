@@ -1484,8 +1484,8 @@ def loss_not_reduced(self: Learner):
 def validation_context(self: Learner, cbs=None, inner=False):
     """Context for predictions, also in the middle of a training: nothing is disturbed.
 
-    cbs: added for the time being; the Learner's own with `only_fit` are removed. Nothing
-    is printed; the model is on the device of `dls`, in evaluation mode, no gradients.
+    cbs: added for the time being; the Learner's own with `only_fit` go. Nothing is
+    printed; the model is on the device of `dls`, in evaluation mode, without gradients.
     """
     with restored(self), torch.no_grad():
         self.cbs = [cb for cb in self.cbs if not cb.only_fit] + listify(cbs)

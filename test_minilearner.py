@@ -1562,7 +1562,7 @@ lesson(10, "Saving", minutes=60,
            'load_state': "a zip, whose `testzip` sees what torch.load does not, and moves the place in an open file",
            'bare_state': "torch.compile keeps the model in `_orig_mod`, DataParallel in `module`; keys show it",
            'put_state': "which keys fit, see `kind`? Check all before the first change; an optimizer may refuse, too",
-           'Learner.export': "`restored` puts back what you take out: loaders (train=[]), optimizer, logger, batch, `distributed`"})
+           'Learner.export': "`restored` puts back what you take out: loaders (train=[]), optimizer, batch, `distributed`"})
 
 def test_a_file_is_written_in_one_go(tmp_path, monkeypatch):
     file, sizes, fsync = tmp_path / 'some' / 'where' / 'a.pth', [], os.fsync
@@ -1673,7 +1673,7 @@ lesson(11, "A shelf of callbacks", minutes=50, read="section 14",
        exercises={
            'before_batch_cb': "f is given self.x and self.y; xb and yb of the learner are tuples: tuplify",
            'TerminateOnNaNCallback.after_loss': "to_detach(self.loss, cpu=False) is that of all processes; `say` why",
-           'TrackerCallback.after_epoch': "names beside recorder.log, which may be [None]; best_row counts recorder.values",
+           'TrackerCallback.after_epoch': "recorder.log may be [None]; best_row counts recorder.values",
            'SaveModelCallback.after_epoch': "compare, as trackers do; every_epoch: if `completed`; else if new_best",
            'SaveModelCallback.after_fit': "nothing after a failure; at_end saves; else load the best, if there is one",
            'RNNRegularizer.after_loss': "mean squares, in float32, of out[-1], raw_out[-1].diff(dim=1); forget both"})
