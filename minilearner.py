@@ -2635,7 +2635,7 @@ class TensorList:
 
 FAST_STEPS = {sgd_step, weight_decay, l2_reg, average_grad, average_sqr_grad,
               momentum_step, rms_prop_step, step_stat, adam_step}
-one_by_one = Optimizer.step
+one_by_one = Optimizer.step.__wrapped__    # without a second no_grad
 
 @patch
 @torch.no_grad()

@@ -3395,6 +3395,22 @@ def test_spoilt_files_change_nothing(tmp_path):
                 learn.load('file')
             assert same(weights(learn.model), before[0]) and str(learn.opt.state_dict()) == before[1]
 
+def test_what_users_of_the_first_edition_found_stays_mended(tmp_path):
+    learn = line_learner(path=tmp_path)
+    learn.fit(1)
+    learn.save('a')
+    row = learn.final_record
+    learn.lr_find(num_it=12, show_plot=False)
+    assert learn.final_record is row, "of the last fit, not of the search"
+    assert line_learner(path=tmp_path).load('a', with_opt=False).opt is None, "no optimizer is made for nothing"
+    own = DataLoader(TensorDataset(*line_data(8)), num_workers=1, multiprocessing_context='spawn', timeout=3)
+    assert (ml.in_order(own).timeout, ml.in_order(own).multiprocessing_context) == (3, own.multiprocessing_context)
+    p, wrapped = nn.Parameter(torch.ones(1)), ml.OptimWrapper(Line().parameters(), torch.optim.SGD, lr=0.1)
+    wrapped.param_lists = [[p]]
+    assert wrapped.opt.param_groups[0]['params'] == [p], "assigned, they reach the torch optimizer"
+    with pytest.raises(ValueError, match="n_epoch='3'"):
+        learn.fit('3')
+
 # =============================================================================================
 promises("The file itself, and the code in README.md and tutorial.ipynb")
 
