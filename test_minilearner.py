@@ -506,15 +506,15 @@ lesson(3, "The loop", minutes=120,
        predict="which events follow if a callback raises CancelBatchException in after_pred? And a ValueError?",
        read="section 3, up to ensure_opt, and TrainEvalCallback at its end; have fit_plain beside it",
        exercises={
-           'Learner._stage': "try (before_X is inside), except cancel, finally: after_X",
+           'Learner._stage': "self._fire before_X in try; except cancel; finally: completed, failed, then after_X",
            'Learner.all_batches': "enumerate self.dl; n_iter for all to see: length_hint(dl) is 0 if dl has no length",
-           'Learner.one_batch': "to_device, split_batch, the stage 'batch'; an error goes on with where(self) as note",
+           'Learner.one_batch': "to_device(b, dls.device), dls.split_batch, the stage 'batch'; note: where(self)",
            'Learner._one_batch': "call_model makes pred; a loss only if there is a yb; learn only if self.training",
-           'Learner._train_step': "two stages: loss_grad.backward(), the loss unless a callback scales it; opt.step",
+           'Learner._train_step': "loss_grad is loss, unless a callback scales it; two stages; then opt.zero_grad()",
            'Learner._one_epoch': "self.dl is that of the pass; stages 'train' and, in torch.no_grad(), 'validate'",
            'Learner._all_epochs': "from start_epoch to n_epoch, which fit sets; `for self.epoch in ...` is allowed",
-           'Learner.fit': "check; added_cbs; ensure_opt; lr, wd; zero_grad; the stage; `finally`: own wd, training, run",
-           'TrainEvalCallback.before_train': "norm layers with all parameters frozen may rest; pct_train: epochs done",
+           'Learner.fit': "check; added_cbs; ensure_opt; lr, wd; zero_grad; stage; `finally`: own wd, training, run",
+           'TrainEvalCallback.before_train': "not train_bn: frozen NORM_LAYERS in eval(); learn.training, pct_train",
            'TrainEvalCallback.after_batch': "one batch more of n_iter * n_epoch; set them on self.learn"})
 
 BATCH = ['before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward',
@@ -758,7 +758,7 @@ lesson(4, "Measure and record", minutes=50,
            'AvgMetric.accumulate': "`add` wants the mean over the batch, and how many samples it is of: find_bs",
            'AvgSmoothLoss.accumulate': "back from the newest, weights are 1, beta, beta**2, ...: what is its share?",
            'Recorder.after_batch': "metrics accumulate; if one raises, add_note(its name); losses, lrs in training",
-           'Recorder.after_epoch': "self.row is for values, final_record and, with epoch and time, log and the logger"})
+           'Recorder.after_epoch': "take self.row, leave []; for values, final_record, log, logger"})
 
 def test_accuracy_is_the_share_of_right_answers():
     pred = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3], [0.6, 0.4]])
@@ -3640,7 +3640,7 @@ def test_a_lesson_that_is_done_opens_the_next_one(tmp_path):
     assert status == 1, f"not done, even if nothing is red: {said}"
     assert re.search(rf'1  {first.title} +done +see it: python {NAME} run 1', said)
     assert re.search(rf'2  {second.title} +0 of \d+ tests pass', said)
-    assert second.goal in said and f'  hint   {next(iter(second.exercises.values()))}' in said
+    assert second.goal in said and '  hint   {}: {}'.format(*next(iter(second.exercises.items()))) in said
     assert '3 to write' in said and 'FAILURES' not in said, "what is only not written yet is not red"
 
 def test_wrong_answers_get_hints_and_endless_loops_are_stopped(tmp_path):
@@ -3653,7 +3653,7 @@ def test_wrong_answers_get_hints_and_endless_loops_are_stopped(tmp_path):
     assert status == 1 and 'stopped after 4 seconds in __iter__, line' in said, said
     hint = LESSONS[0].exercises['TensorLoader.__iter__']
     assert f"TensorLoader.__iter__: {hint}" in said, "a hint also after a wrong answer"
-    assert re.search(r'mend +minilearner.py:\d+ +TensorLoader.__iter__', said), "and where to go"
+    assert re.search(r'look +minilearner.py:\d+ +TensorLoader.__iter__', said), "and where to go"
     assert '1 failed, ' in said and '3 locked' in said, "after an endless loop, no other one is tried"
 
 def test_grade_gives_points_by_lesson(tmp_path, capsys, monkeypatch):
@@ -3797,10 +3797,11 @@ class Guide:
             ours = {FILE, Path(__file__).resolve()}
             report.longrepr = excinfo.getrepr(style='short', tbfilter=lambda info: info.traceback.filter(
                 lambda frame: Path(frame.path).resolve() in ours) or info.traceback)
-        seen = {frame.name for frame in excinfo.traceback} | words(item.function)
-        known = [name for name in one.exercises if name.split('.')[-1] in seen]
+        last = {name.split('.')[-1]: name for name in one.exercises}
+        inner = [last[frame.name] for frame in excinfo.traceback if frame.name in last and frame.path == FILE][-1:]
+        known = inner or [last[word] for word in sorted(words(item.function) & last.keys())]
         hints = [f'{name}: {one.exercises[name]}' for name in known if name not in self.to_mend]
-        self.to_mend += [name for name in known if name not in self.to_mend]
+        self.to_mend += [name for name in inner if name not in self.to_mend]
         if lost := [name for name in one.exercises if name not in tasks(one)]:
             hints = [f"minilearner.py has no {', '.join(lost)} any more: was it renamed or deleted?"]
         if hints:       # once each
@@ -3853,12 +3854,12 @@ class Guide:
         out.write_line(f'predict first: {one.predict}\nread: {one.read}\n')
         todo = tasks(one)
         blanks = sorted((name for name in todo if todo[name][1]), key=lambda name: name != self.needs)
-        for name in [name for name in self.to_mend if name in todo]:
-            out.write_line(f'  mend   minilearner.py:{todo[name][0]:<5} {name}', bold=True)
+        for name in [name for name in self.to_mend if name in todo and not todo[name][1]]:
+            out.write_line(f'  look   minilearner.py:{todo[name][0]:<5} {name}, or what you wrote last', bold=True)
         for name in blanks:
             out.write_line(f'  write  minilearner.py:{todo[name][0]:<5} {name}', bold=name == self.needs)
         if self.needs in one.exercises:
-            out.write_line(f'  hint   {one.exercises[self.needs]}')
+            out.write_line(f'  hint   {self.needs}: {one.exercises[self.needs]}')
         out.write_line(f'  then   pytest, or for this lesson alone: pytest -k lesson{one.n:02}\n')
         for item in sorted(self.failed, key=number)[:1]:
             out.write_line(f'The test that waits, {NAME}:{inspect.unwrap(item.function).__code__.co_firstlineno}:\n')
