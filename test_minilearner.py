@@ -1673,7 +1673,6 @@ lesson(11, "A shelf of callbacks", minutes=50, read="section 14",
        exercises={
            'before_batch_cb': "f is given self.x and self.y; xb and yb of the learner are tuples: tuplify",
            'TerminateOnNaNCallback.after_loss': "to_detach(self.loss, cpu=False) is that of all processes; `say` why",
-           'TrackerCallback.after_epoch': "recorder.log may be [None]; best_row counts recorder.values",
            'SaveModelCallback.after_epoch': "compare, as trackers do; every_epoch: if `completed`; else if new_best",
            'SaveModelCallback.after_fit': "nothing after a failure; at_end saves; else load the best, if there is one",
            'RNNRegularizer.after_loss': "mean squares, in float32, of out[-1], raw_out[-1].diff(dim=1); forget both"})
