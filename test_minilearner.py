@@ -1828,7 +1828,7 @@ def checkpointed(path, n_epoch=5, stop=None, cbs=(), seed=0, bs=16, every=1, res
     seed_cpu(seed)
     dls = ml.DataLoaders(ml.TensorLoader(*line_data(), bs=bs, shuffle=True), [line_data(24, 1)], device='cpu')
     loss = nn.MSELoss()     # it depends on how many batches it has seen
-    loss.register_buffer('seen', torch.zeros(()))
+    loss.register_buffer('seen', torch.zeros(kwargs.pop('n_seen', ())))
     loss.register_forward_hook(lambda loss, args, out: out * (1 + loss.seen.add_(0.1 * torch.is_grad_enabled())))
     learn = line_learner(dls, **{'opt_func': functools.partial(ml.SGD, mom=0.9), 'splitter': lambda m: [[m.a], [m.b]],
                                  **kwargs}, loss_func=loss, path=path, cbs=[Counts(stop), *cbs])
@@ -1851,7 +1851,7 @@ def test_resumed_equals_uninterrupted(tmp_path, every, stop):
     learn.load('run', with_opt=False)       # the weights stand under 'model', where Learner.load looks
 
 @pytest.mark.parametrize('other', [
-    {'n_epoch': 6}, {'bs': 32}, {'cbs': [ml.GradientClip]},
+    {'n_epoch': 6}, {'bs': 32}, {'cbs': [ml.GradientClip]}, {'n_seen': 2},
     {'model': nn.Linear(1, 1), 'splitter': ml.trainable_params}])
 def test_the_file_of_another_fit_is_refused_before_anything_changes(tmp_path, other):
     model = other.get('model', Line())
