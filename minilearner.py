@@ -722,7 +722,7 @@ class Recorder(Callback):
 
     def before_fit(self):
         self.lrs, self.iters, self.losses, self.values, self.hps = [], [], [], [], {}
-        self.log, self.learn.smooth_loss = [None], None
+        self.log, self.row, self.learn.smooth_loss = [None], [], None
         metrics = [mk_metric(m) for m in listify(self.learn.metrics)]
         train = metrics if self.train_metrics else []
         valid = metrics if self.valid_metrics else []
@@ -1727,7 +1727,7 @@ def check_fits(opt, hypers, states):
 
     A tensor of a state may be smaller than its parameter, as one number per row.
     """
-    params = sum(opt.param_lists, [])
+    params = [p for p, *_ in opt.all_params()]
     ok = (len(hypers), len(states)) == (len(opt.hypers), len(params))
     for own, hyper in zip(opt.hypers, hypers):
         # a fit may add others, and torch's flags change by version

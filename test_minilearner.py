@@ -195,6 +195,24 @@ def class_batches(n_batches=4, bs=8, seed=0):
     return [(torch.randn(bs, 10, generator=rng), torch.randint(3, (bs,), generator=rng))
             for _ in range(n_batches)]
 
+def assert_same_after_100_steps(nets, opts):
+    for xb, yb in class_batches(100):
+        for net, opt in zip(nets, opts):
+            F.cross_entropy(net(xb.double()), yb).backward()
+            opt.step()
+            opt.zero_grad()
+    for a, b in zip(nets[0].parameters(), nets[1].parameters()):
+        assert torch.allclose(a, b, rtol=1e-9), f"max {(a - b).abs().max():.1e} apart"
+
+def mnist_mlp():
+    """A network for MNIST-1D that trains in a second."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(40, 100), nn.ReLU(), nn.Linear(100, 10))
+
+def assert_shown(rows):
+    """What a lesson shows on MNIST-1D is as expected: rows of (what, value, low, high)."""
+    for what, value, low, high in rows:
+        assert low <= value <= high, what
+
 def weights(model):
     return [p.detach().clone() for p in model.state_dict().values()]
 
@@ -252,7 +270,7 @@ def background():
 @pytest.fixture(scope='session', autouse=True)
 def started_early(request):
     """In the whole suite, they start before its first test: to start is what takes longest."""
-    for name in ('gathering', 'killed', 'together_started', 'readme_started', 'imported'):
+    for name in ('killed', 'together_started', 'readme_started'):
         is_wanted = any(name in item.fixturenames for item in request.session.items)
         if is_wanted and HANDED is None and not IN_WORKER:
             request.getfixturevalue(name)
@@ -373,7 +391,7 @@ def test_map_tensors_keeps_the_type_of_mappings_and_dataclasses():
 def run_1():
     (x, y), (x_test, y_test) = ml.mnist1d()
     seed_cpu(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(40, 100), nn.ReLU(), nn.Linear(100, 10))
+    model = mnist_mlp()
     train, valid = ml.TensorLoader(x, y, bs=64, shuffle=True), ml.TensorLoader(x_test, y_test, bs=250)
     losses = ml.fit_plain(model, train, valid, F.cross_entropy, torch.optim.Adam(model.parameters(), 3e-3), 5)
     yield "validation loss after 1 epoch of 5", losses[0], 1.6, 2.1
@@ -382,8 +400,7 @@ def run_1():
         yield "accuracy", (model(x_test).argmax(1) == y_test).float().mean().item(), 0.4, 0.65
 
 def test_what_lesson_1_shows_on_mnist1d():
-    for what, value, low, high in run_1():
-        assert low <= value <= high, what
+    assert_shown(run_1())
 
 # =============================================================================================
 lesson(2, "Callbacks", minutes=45,
@@ -483,7 +500,7 @@ def run_2():
     for what, cbs, low, high in [("accuracy at too large a rate: weights explode", [], 0., 0.35),
                                  ("the same with Clip, a callback of one line", [Clip], 0.45, 0.7)]:
         seed_cpu(0)
-        model = nn.Sequential(nn.Flatten(), nn.Linear(40, 100), nn.ReLU(), nn.Linear(100, 10))
+        model = mnist_mlp()
         dls = ml.DataLoaders(ml.TensorLoader(x, y, bs=64, shuffle=True), device='cpu')
         learn = ml.Learner(dls, model, F.cross_entropy, cbs=cbs, default_cbs=False)
         opt = torch.optim.SGD(model.parameters(), 4.)
@@ -497,8 +514,7 @@ def run_2():
         yield what, (model(x_test).argmax(1) == y_test).float().mean().item(), low, high
 
 def test_what_lesson_2_shows_on_mnist1d():
-    for what, value, low, high in run_2():
-        assert low <= value <= high, what
+    assert_shown(run_2())
 
 # =============================================================================================
 lesson(3, "The loop", minutes=120,
@@ -730,7 +746,7 @@ def run_3():
     train, (x, y) = ml.mnist1d()
     def made():
         seed_cpu(0)
-        model = nn.Sequential(nn.Flatten(), nn.Linear(40, 100), nn.ReLU(), nn.Linear(100, 10))
+        model = mnist_mlp()
         return model, ml.TensorLoader(*train, bs=64, shuffle=True)
     plain, loader = made()
     losses = ml.fit_plain(plain, loader, [(x, y)], F.cross_entropy, torch.optim.Adam(plain.parameters(), 3e-3), 8)
@@ -745,8 +761,7 @@ def run_3():
         weights(plain), weights(model))), 0., 0.
 
 def test_what_lesson_3_shows_on_mnist1d():
-    for what, value, low, high in run_3():
-        assert low <= value <= high, what
+    assert_shown(run_3())
 
 # =============================================================================================
 lesson(4, "Measure and record", minutes=50,
@@ -868,7 +883,7 @@ def run_4():
     train, test = ml.mnist1d()
     seed_cpu(0)
     dls = ml.DataLoaders.from_tensors(*train, valid=test, device='cpu')
-    model = nn.Sequential(nn.Flatten(), nn.Linear(40, 100), nn.ReLU(), nn.Linear(100, 10))
+    model = mnist_mlp()
     learn = ml.Learner(dls, model, F.cross_entropy, torch.optim.Adam, lr=3e-3, metrics=ml.accuracy)
     learn.fit(5)
     yield "training loss, smoothed", learn.final_record[0], 0.9, 1.7
@@ -878,8 +893,7 @@ def run_4():
     yield "validation loss minus that of one pass", learn.final_record[1] - exact, -1e-5, 1e-5
 
 def test_what_lesson_4_shows_on_mnist1d():
-    for what, value, low, high in run_4():
-        assert low <= value <= high, what
+    assert_shown(run_4())
 
 # =============================================================================================
 lesson(5, "SGD, from steps", minutes=45,
@@ -968,27 +982,20 @@ def test_step_runs_the_functions_in_order_and_keeps_what_they_return():
 def test_sgd_equals_torch_over_100_steps(mine, torchs):
     nets = small_net().double(), small_net().double()       # exact enough to show any difference
     opts = [ml.SGD(nets[0].parameters(), lr=0.05, **mine), torch.optim.SGD(nets[1].parameters(), lr=0.05, **torchs)]
-    for xb, yb in class_batches(100):
-        for net, opt in zip(nets, opts):
-            F.cross_entropy(net(xb.double()), yb).backward()
-            opt.step()
-            opt.zero_grad()
-    for a, b in zip(nets[0].parameters(), nets[1].parameters()):
-        assert torch.allclose(a, b, rtol=1e-9), f"{(a - b).abs().max():.1e} apart, with {mine}"
+    assert_same_after_100_steps(nets, opts)
 
 def run_5():
     train, valid = ml.mnist1d()
     for lr, mom, low, high in [(0.01, 0., 1.85, 2.2), (0.01, 0.9, 1.4, 1.8), (0.1, 0., 1.4, 1.8)]:
         seed_cpu(0)
-        model = nn.Sequential(nn.Flatten(), nn.Linear(40, 100), nn.ReLU(), nn.Linear(100, 10))
+        model = mnist_mlp()
         dls = ml.DataLoaders.from_tensors(*train, valid=valid, bs=64, seed=0, device='cpu')
         learn = line_learner(dls, model, loss_func=F.cross_entropy, opt_func=functools.partial(ml.SGD, mom=mom), lr=lr)
         learn.fit(5)
         yield f"validation loss, lr {lr}, momentum {mom}", learn.recorder.values[-1][1], low, high
 
 def test_what_lesson_5_shows_on_mnist1d():
-    for what, value, low, high in run_5():
-        assert low <= value <= high, what
+    assert_shown(run_5())
 
 # =============================================================================================
 lesson(6, "Adam", minutes=45,
@@ -1052,19 +1059,13 @@ def test_rms_prop_step_takes_the_average_if_there_is_one():
 def test_adam_and_rms_prop_equal_torch_over_100_steps(mine, torchs):
     nets = small_net().double(), small_net().double()       # exact enough to show any difference
     opts = mine(nets[0].parameters(), lr=0.01), torchs(nets[1].parameters(), lr=0.01)
-    for xb, yb in class_batches(100):
-        for net, opt in zip(nets, opts):
-            F.cross_entropy(net(xb.double()), yb).backward()
-            opt.step()
-            opt.zero_grad()
-    for a, b in zip(nets[0].parameters(), nets[1].parameters()):
-        assert torch.allclose(a, b, rtol=1e-9), f"max {(a - b).abs().max():.1e} apart"
+    assert_same_after_100_steps(nets, opts)
 
 def run_6():
     train, valid = ml.mnist1d()
     for opt_func, scale, low, high in [(ml.SGD, 1, 2.05, 2.35), (ml.Adam, 1, 1.2, 1.5), (ml.Adam, 1000, 1.2, 1.5)]:
         seed_cpu(0)
-        model = nn.Sequential(nn.Flatten(), nn.Linear(40, 100), nn.ReLU(), nn.Linear(100, 10))
+        model = mnist_mlp()
         start = model[1].weight.detach().clone()
         dls = ml.DataLoaders.from_tensors(*train, valid=valid, bs=64, seed=0, device='cpu')
         moved = []
@@ -1078,8 +1079,7 @@ def run_6():
         yield f"{name}, loss times {scale}: validation loss", learn.recorder.values[-1][1] / scale, low, high
 
 def test_what_lesson_6_shows_on_mnist1d():
-    for what, value, low, high in run_6():
-        assert low <= value <= high, what
+    assert_shown(run_6())
 
 # =============================================================================================
 lesson(7, "Schedules", minutes=60,
@@ -1219,8 +1219,7 @@ def run_7():
     yield "what the schedule gains", one_cycle.final_record[-1] - constant.final_record[-1], 0.005, 0.35
 
 def test_what_lesson_7_shows_on_mnist1d():
-    for what, value, low, high in run_7():
-        assert low <= value <= high, what
+    assert_shown(run_7())
 
 # =============================================================================================
 lesson(8, "Callbacks of your own, and transfer", minutes=75,
@@ -1395,8 +1394,7 @@ def run_8():
     yield "the same, fine-tuned from digits 0 to 4", tuned.recorder.values[-1][-1], 0.55, 0.75
 
 def test_what_lesson_8_shows_on_mnist1d():
-    for what, value, low, high in run_8():
-        assert low <= value <= high, what
+    assert_shown(run_8())
 
 # =============================================================================================
 lesson(9, "Inference", minutes=75,
@@ -1539,7 +1537,7 @@ def test_tta_mixes_augmented_and_plain_predictions():
 def run_9(seed=0):
     (x, y), test = ml.mnist1d()
     seed_cpu(seed)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(40, 100), nn.ReLU(), nn.Linear(100, 10))
+    net = mnist_mlp()
     dls = ml.DataLoaders.from_tensors(x, y, valid=test, device='cpu')
     learn = ml.Learner(dls, net, F.cross_entropy, metrics=ml.accuracy)
     learn.fit_one_cycle(8, 1e-2)
@@ -1549,8 +1547,7 @@ def run_9(seed=0):
     yield "of the other half", right[by_sureness[:500]].mean().item(), 0.2, 0.45
 
 def test_what_lesson_9_shows_on_mnist1d():
-    for what, value, low, high in run_9():
-        assert low <= value <= high, what
+    assert_shown(run_9())
 
 # =============================================================================================
 lesson(10, "Saving", minutes=60,
@@ -1772,7 +1769,7 @@ def run_11():
     (train, test), stop = ml.mnist1d(), ml.EarlyStoppingCallback(patience=3)
     noise = ml.before_batch_cb(lambda self, x, y: (x + 0.1 * torch.randn_like(x) if self.training else x, y))
     seed_cpu(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(40, 100), nn.ReLU(), nn.Linear(100, 10))
+    model = mnist_mlp()
     dls = ml.DataLoaders.from_tensors(*train, valid=test, bs=250, device='cpu')
     with tempfile.TemporaryDirectory() as folder:
         learn = line_learner(dls, model, loss_func=nn.CrossEntropyLoss(), metrics=ml.accuracy, path=folder)
@@ -1783,8 +1780,7 @@ def run_11():
     yield "their loss minus the best loss", loss - stop.best, -1e-6, 1e-6
 
 def test_what_lesson_11_shows_on_mnist1d():
-    for what, value, low, high in run_11():
-        assert low <= value <= high, what
+    assert_shown(run_11())
 
 # =============================================================================================
 lesson(12, "Mixed precision and checkpoints", minutes=40, read="sections 15 and 16",
@@ -1882,8 +1878,7 @@ def run_12():
     yield "gone on from there, minus the first", found[2] - found[0], 0., 0.
 
 def test_what_lesson_12_shows_on_mnist1d():
-    for what, value, low, high in run_12():
-        assert low <= value <= high, what
+    assert_shown(run_12())
 
 # =============================================================================================
 promises("Data and tools")
