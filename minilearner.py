@@ -898,7 +898,7 @@ class DataLoaders:
         return getattr(self.train, k)
 
     def split_batch(self, b):
-        """Split a batch into the tuples `(xb, yb)`; of a dict, xb is `(inputs,)`."""
+        """Tuples `(xb, yb)` of a batch; of a dict, `(inputs,)` and its targets."""
         if self.split:
             return tuple(map(tuplify, self.split(b)))
         if not isinstance(b, (tuple, list)) and isinstance(b, Mapping):
@@ -1013,7 +1013,7 @@ def step_stat(p, step=0, **kwargs):
     return {'step': step + 1}
 
 def debias(mom, damp, step):
-    """Sum of weights in a moving average from 0 after `step` steps: divide by it."""
+    """Sum of `step` weights, the newest `damp`, in a moving average: divide by it."""
     return damp * (1 - mom**step) / (1 - mom)
 
 def adam_step(p, lr, mom, step, sqr_mom, grad_avg, sqr_avg, eps, **kwargs):
@@ -1484,8 +1484,8 @@ def loss_not_reduced(self: Learner):
 def validation_context(self: Learner, cbs=None, inner=False):
     """Context for predictions, also in the middle of a training: nothing is disturbed.
 
-    cbs: added for the time being; the Learner's own with `only_fit` go. Nothing is
-    printed; the model is on the device of `dls`, in evaluation mode, without gradients.
+    cbs: added for the time being; the Learner's own with `only_fit` go. Yields the
+    learner, `training` False, printing nothing, its model in eval mode on `dls.device`.
     """
     with restored(self), torch.no_grad():
         self.cbs = [cb for cb in self.cbs if not cb.only_fit] + listify(cbs)
@@ -1500,7 +1500,7 @@ def find_loader(dls, ds_idx, dl):
     return found
 
 def run_validation(learn, ds_idx, dl, reorder, cbs):
-    """One pass, with its events, over `dl`, or over loader number `ds_idx`."""
+    """One pass, with its events, over `dl` or loader `ds_idx`; see `get_preds`."""
     dl = find_loader(learn.dls, ds_idx, dl)
     dl = in_order(dl) if reorder else dl
     draws = isinstance(dl, data_tools.DataLoader) and dl.generator is None
@@ -1603,7 +1603,7 @@ def act_and_decodes(loss_func):
 
     The loss function's own `activation` and `decodes`; else softmax and largest class
     for cross-entropy, over dimension 1; sigmoid and above 0.5 for binary cross-entropy
-    with logits; also through a `partial`, and for each of a tuple of outputs.
+    with logits; else no change. Also through a `partial`; for each output of a tuple.
     """
     f, bce = getattr(loss_func, 'func', loss_func), F.binary_cross_entropy_with_logits
     act = decodes = lambda t: t
@@ -1858,7 +1858,7 @@ def load(self: Learner, file, with_opt=None, device=None, strict=True):
 
 @patch
 def export(self: Learner, fname='export.pkl', pickle_protocol=2):
-    """Write the learner to path/fname, which is returned: no loaders, no optimizer.
+    """Write the learner without loaders, optimizer and logger; returns path/fname.
 
     For `load_learner`. Of functions and classes only the names are saved: where it is
     loaded, these must be there to import.
@@ -1941,7 +1941,7 @@ def fine_tune(self: Learner, epochs, base_lr=2e-3, freeze_epochs=1, lr_mult=100,
 
     base_lr: highest rate of the first part; in the second, half of it for the last
       group, and a `lr_mult`-th of that for the first one.
-    pct_start, div: of the second part, see `fit_one_cycle`; kwargs: of both.
+    pct_start (first: 0.99), div: of the second part, see `fit_one_cycle`; kwargs: both.
     """
     self.ensure_opt(kwargs.pop('reset_opt', False))
     self.freeze()
@@ -2122,7 +2122,7 @@ def mk_metric(m):
     return ObjectMetric(m) if is_object else mk_simple_metric(m)
 
 class TerminateOnNaNCallback(Callback):
-    """Ends the training before a loss that is NaN or infinite reaches the weights.
+    """Ends the training before a NaN or infinite training loss reaches the weights.
 
     It reads the loss of every batch, which waits for the device.
     """
@@ -2275,7 +2275,7 @@ class ModelResetter(Callback):
     before_validate = before_train
 
 class RNNRegularizer(Callback):
-    """Penalties on activations (alpha) and on their changes over time (beta).
+    """Adds to the training loss: alpha on activations, beta on changes over time.
 
     For models that return (output, raw activations, activations, ...), these two being
     lists of tensors (B, time, C), one for each layer; the last layer counts.

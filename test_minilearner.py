@@ -18,7 +18,6 @@ import collections
 import contextlib
 import copy
 import dataclasses
-import doctest
 import functools
 import inspect
 import io
@@ -94,11 +93,14 @@ needs_readme = pytest.mark.skipif(not README, reason="README.md is not here")
 PARTS = []      # lessons, and sections of promises, in the order of this file
 LESSONS = []
 
-def lesson(n, title, goal, minutes, predict, read, exercises):
-    """Open lesson `n`: the tests below, up to the next part, check its `exercises`, {name: hint}."""
+def lesson(n, title, goal, tried, minutes, predict, read, exercises):
+    """Open lesson `n`: the tests below, up to the next part, check its `exercises`, {name: hint}.
+
+    tried: minutes that an AI took as a student. minutes: what a person should plan, an estimate.
+    """
     exercises = {k: v for k, v in exercises.items() if HANDED is None or k in HANDED}
-    LESSONS.append(types.SimpleNamespace(n=n, title=title, goal=goal, minutes=minutes, predict=predict, read=read,
-                                         exercises=exercises, line=sys._getframe(1).f_lineno))
+    LESSONS.append(types.SimpleNamespace(n=n, title=title, goal=goal, tried=tried, minutes=minutes, predict=predict,
+                                         read=read, exercises=exercises, line=sys._getframe(1).f_lineno))
     PARTS.append(LESSONS[-1])
 
 def promises(title):
@@ -202,7 +204,7 @@ def assert_same_after_100_steps(nets, opts):
             opt.step()
             opt.zero_grad()
     for a, b in zip(nets[0].parameters(), nets[1].parameters()):
-        assert torch.allclose(a, b, rtol=1e-9), f"max {(a - b).abs().max():.1e} apart"
+        torch.allclose(a, b, rtol=1e-9) or pytest.fail(f"weights are up to {(a - b).abs().max():.1e} apart")
 
 def mnist_mlp():
     """A network for MNIST-1D that trains in a second."""
@@ -296,15 +298,15 @@ def outcome(process, patience=150):
     return types.SimpleNamespace(returncode=process.returncode, stdout=out, stderr=err)
 
 # =============================================================================================
-lesson(1, "A first loop", minutes=30,
+lesson(1, "A first loop", tried=3, minutes=30,
        goal="train a network without any framework, on batches that you cut yourself",
        predict="what happens to the training if `opt.zero_grad()` is missing, or `model.eval()`?",
        read="sections 1 and 6",
        exercises={
-           'fit_plain': "five lines train: predict and compare, backward, step, zero_grad, next batch",
+           'fit_plain': "train(): loss, backward, step, zero_grad per batch; then eval(), no_grad(): loss times rows",
            'TensorLoader.__iter__': "an order of the rows (torch.randperm or arange), cut by .split; len(self) batches",
-           'DataLoaders.split_batch': "first `split`; then tuples and lists by n_inp, dicts by targets; else one input",
-           'map_tensors': "it calls itself on the items of tuples, lists, dicts; type(b) keeps their type"})
+           'DataLoaders.split_batch': "`split`, then tuplify; else tuples and lists by n_inp, dicts by targets; else one input",
+           'map_tensors': "it calls itself on items of tuples, lists, dicts, on fields; type(b), copy.copy keep types"})
 
 def test_plain_loop_is_gradient_descent():
     model, batch = Line(), (torch.tensor([[2.]]), torch.tensor([[1.]]))
@@ -403,7 +405,7 @@ def test_what_lesson_1_shows_on_mnist1d():
     assert_shown(run_1())
 
 # =============================================================================================
-lesson(2, "Callbacks", minutes=45,
+lesson(2, "Callbacks", tried=2, minutes=45,
        goal="objects with methods for events, which read from the learner as from themselves",
        predict="in a callback, `self.loss` is the learner's loss; what does `self.loss = 0` change?",
        read="section 2",
@@ -517,7 +519,7 @@ def test_what_lesson_2_shows_on_mnist1d():
     assert_shown(run_2())
 
 # =============================================================================================
-lesson(3, "The loop", minutes=120,
+lesson(3, "The loop", tried=7, minutes=120,
        goal="the loop of lesson 1 again, with a place before and after each of its parts for the code of others",
        predict="which events follow if a callback raises CancelBatchException in after_pred? And a ValueError?",
        read="section 3, up to ensure_opt, and TrainEvalCallback at its end; have fit_plain beside it",
@@ -529,7 +531,8 @@ lesson(3, "The loop", minutes=120,
            'Learner._train_step': "loss_grad is loss, unless a callback scales it; two stages; then opt.zero_grad()",
            'Learner._one_epoch': "self.dl is that of the pass; stages 'train' and, in torch.no_grad(), 'validate'",
            'Learner._all_epochs': "from start_epoch to n_epoch, which fit sets; `for self.epoch in ...` is allowed",
-           'Learner.fit': "check; added_cbs; ensure_opt; lr, wd; zero_grad; stage; `finally`: own wd, training, run",
+           'Learner.fit': "check the epochs; added_cbs; ensure_opt; set lr, wd; zero_grad; stage 'fit', _forget_batch; "
+                          "`finally`: the wd that was there, training is False, each cb.run True",
            'TrainEvalCallback.before_train': "not train_bn: frozen NORM_LAYERS in eval(); learn.training, pct_train",
            'TrainEvalCallback.after_batch': "one batch more of n_iter * n_epoch; set them on self.learn"})
 
@@ -629,7 +632,8 @@ def test_learner_equals_the_plain_loop_bit_for_bit(momentum):
                          opt_func=functools.partial(torch.optim.SGD, momentum=momentum))
     learn.fit(1)
     learn.fit(2)
-    assert same(weights(plain), weights(model)), "the same weights and batch norm statistics, to the last bit"
+    same(weights(plain), weights(model)) or pytest.fail("other weights or batch norm statistics than fit_plain's: compare "
+                                                        "backward, step and zero_grad, model.train(), and the loaders")
 
 def test_validation_does_not_train():
     seen = []
@@ -764,7 +768,7 @@ def test_what_lesson_3_shows_on_mnist1d():
     assert_shown(run_3())
 
 # =============================================================================================
-lesson(4, "Measure and record", minutes=50,
+lesson(4, "Measure and record", tried=4, minutes=50,
        goal="know how well a training goes: exact means over all samples, and a history of every batch and epoch",
        predict="24 validation rows in batches of 16 and 8: is the mean of the two batches' accuracies the accuracy?",
        read="sections 4 and 5",
@@ -773,7 +777,7 @@ lesson(4, "Measure and record", minutes=50,
            'AvgMetric.accumulate': "`add` wants the mean over the batch, and how many samples it is of: find_bs",
            'AvgSmoothLoss.accumulate': "back from the newest, weights are 1, beta, beta**2, ...: what is its share?",
            'Recorder.after_batch': "metrics accumulate; if one raises, add_note(its name); losses, lrs in training",
-           'Recorder.after_epoch': "take self.row, leave []; for values, final_record, log, logger"})
+           'Recorder.after_epoch': "keep self.row, leave [] there; all None: return; iters, values, final_record, log; logger"})
 
 def test_accuracy_is_the_share_of_right_answers():
     pred = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3], [0.6, 0.4]])
@@ -834,7 +838,7 @@ def test_each_training_batch_is_recorded():
         learn.one_batch(i, batch)
         smooth.accumulate(learn)
         assert learn.recorder.losses[i].item() == pytest.approx(smooth.value.item()), "smoothed, after each batch"
-        assert learn.smooth_loss is learn.recorder.losses[-1], "for other callbacks the learner has it, too"
+        assert learn.smooth_loss is learn.recorder.losses[-1], "losses are smoothed ones; the learner has the newest as smooth_loss"
     assert learn.recorder.lrs == [0.1] * 4, "and the rate of the optimizer"
     learn.one_batch(4, line_data(4)[:1])
     assert len(learn.recorder.losses) == 4, "without a target, `yb` is empty, and the loss that of the batch before"
@@ -896,7 +900,7 @@ def test_what_lesson_4_shows_on_mnist1d():
     assert_shown(run_4())
 
 # =============================================================================================
-lesson(5, "SGD, from steps", minutes=45,
+lesson(5, "SGD, from steps", tried=3, minutes=45,
        goal="write the steps of which SGD is made; it must move weights exactly as torch.optim.SGD does",
        predict="the gradient stays the same for ever: how many times longer does momentum 0.9 make each step?",
        read="section 7",
@@ -998,7 +1002,7 @@ def test_what_lesson_5_shows_on_mnist1d():
     assert_shown(run_5())
 
 # =============================================================================================
-lesson(6, "Adam", minutes=45,
+lesson(6, "Adam", tried=3, minutes=45,
        goal="write the steps of Adam and RMSProp; they must move weights exactly as torch.optim's do",
        predict="how far does Adam's first step move a weight, and how far if the loss is 1000 times larger?",
        read="section 7, and the beginning of section 13",
@@ -1032,10 +1036,12 @@ def test_debias_is_the_sum_of_the_weights():
 
 @torch.no_grad()
 def test_adam_step_divides_the_average_by_the_size_of_gradients():
-    p, g, s = weight(1., 5.), torch.tensor([0.3]), torch.tensor([0.04])
-    ml.adam_step(p, lr=0.1, mom=0.8, step=2, sqr_mom=0.9, grad_avg=g, sqr_avg=s, eps=0.5)
+    g, s = torch.tensor([0.3]), torch.tensor([0.04])
     debiased, size = 0.3 / (1 - 0.8**2), math.sqrt(0.04 / (1 - 0.9**2))
-    assert p.item() == pytest.approx(1 - 0.1 * debiased / (size + 0.5)), "eps is added after the root"
+    for eps, why in ((0., "both averages are debiased, each with its own mom"), (0.5, "eps is added after the root")):
+        p = weight(1., 5.)
+        ml.adam_step(p, lr=0.1, mom=0.8, step=2, sqr_mom=0.9, grad_avg=g, sqr_avg=s, eps=eps)
+        assert p.item() == pytest.approx(1 - 0.1 * debiased / (size + eps)), why
     assert g.item() == pytest.approx(0.3) and s.item() == pytest.approx(0.04), \
         "the averages go on: debiasing is for this step only, so sqrt(), not sqrt_(), of sqr_avg"
 
@@ -1082,7 +1088,7 @@ def test_what_lesson_6_shows_on_mnist1d():
     assert_shown(run_6())
 
 # =============================================================================================
-lesson(7, "Schedules", minutes=60,
+lesson(7, "Schedules", tried=3, minutes=60,
        goal="change the learning rate while training, and find a good one before",
        predict="one training at a constant rate of 0.03, one that rises to it and falls again: which ends better?",
        read="section 9",
@@ -1091,7 +1097,7 @@ lesson(7, "Schedules", minutes=60,
            'combine_scheds': "check the shares; a part starts at the sum of those before; return a function of pos",
            'ParamScheduler.before_batch': "opt.set_hyper sets the value at pct_train, hps keeps that of the last group",
            'Learner.fit_one_cycle': "set_hyper gives groups their peaks; combined_cos plans for a ParamScheduler",
-           'LRFinder.after_batch': "CancelFitException ends the search; no comparison with NaN is true"})
+           'LRFinder.after_batch': "recorder.losses are smoothed, train_iter counts; CancelFitException; no comparison with NaN is true"})
 
 def test_a_cosine_is_slow_fast_slow():
     assert [ml.sched_cos(1, 3, pos) for pos in (0, 0.5, 1)] == pytest.approx([1, 2, 3]), "half of the way at half time"
@@ -1187,8 +1193,8 @@ def search(losses, **kwargs):
     """After how many batches a search ends whose smoothed losses are scripted."""
     finder, recorder = ml.LRFinder(**kwargs), types.SimpleNamespace(losses=[])
     for i, loss in enumerate(losses, 1):
-        finder.learn = types.SimpleNamespace(recorder=recorder, train_iter=i)
         recorder.losses += [] if loss is None else [torch.tensor(loss)]
+        finder.learn = types.SimpleNamespace(recorder=recorder, train_iter=i, smooth_loss=(recorder.losses or [None])[-1])
         try:
             finder.after_batch()
         except ml.CancelFitException:
@@ -1209,7 +1215,7 @@ def run_7():
     def learner():
         seed_cpu(1)
         dls = ml.DataLoaders.from_tensors(*train, valid=test, device='cpu')
-        return ml.Learner(dls, ml.small_cnn(), F.cross_entropy, lr=3e-2, metrics=ml.accuracy)
+        return line_learner(dls, ml.small_cnn(), loss_func=F.cross_entropy, lr=3e-2, metrics=ml.accuracy)
     yield "a tenth of the rate with the lowest loss", learner().lr_find(show_plot=False).minimum, 1e-3, 1e-1
     constant, one_cycle = learner(), learner()
     constant.fit(2)
@@ -1222,7 +1228,7 @@ def test_what_lesson_7_shows_on_mnist1d():
     assert_shown(run_7())
 
 # =============================================================================================
-lesson(8, "Callbacks of your own, and transfer", minutes=75,
+lesson(8, "Callbacks of your own, and transfer", tried=3, minutes=75,
        goal="write callbacks from their description alone, then reuse a trained network for a task with little data",
        predict="you accumulate two batches of 8 and 4 rows: is the mean of their two gradients that of the 12 rows?",
        read="sections 12 and 14",
@@ -1296,7 +1302,7 @@ def test_early_stopping_stops_after_patience_and_says_why(scores, kwargs, n_epoc
     learn.logger = print
     learn.fit(len(scores))
     *rows, told = capsys.readouterr().out.splitlines()
-    assert len(learn.recorder.values) == n_epochs, "equal, NaN, or not better by min_delta is not the best"
+    assert len(learn.recorder.values) == n_epochs, "`patience` epochs in a row without a new best; equal, NaN, or not better by min_delta is none"
     if n_epochs < len(scores):
         best = n_epochs - 1 - kwargs.get('patience', 1)
         assert len(rows) == n_epochs and 'score' in told and str(best) in told, \
@@ -1397,14 +1403,14 @@ def test_what_lesson_8_shows_on_mnist1d():
     assert_shown(run_8())
 
 # =============================================================================================
-lesson(9, "Inference", minutes=75,
+lesson(9, "Inference", tried=5, minutes=75,
        goal="predictions for all rows, in the order of the data, that disturb no training",
        predict="how often is a network right where it gives its answer a high probability, and where it does not?",
-       read="section 10, and `restored` and `replacing` in section 8",
+       read="section 10 of minilearner.py, and `restored` and `replacing` in its section 8",
        exercises={
            'Learner.validation_context': "`restored` puts back what you change; see .only_fit, model.to, .eval",
            'run_validation': "the events are as in _one_epoch; a DataLoader without a generator draws a seed from "
-                             "torch's in each pass: lend it OWN_GENERATOR",
+                             "torch's in each pass: lend it OWN_GENERATOR, by `replacing`",
            'GatherPredsCallback.after_batch': "`keep` what is asked for, of completed batches; see find_bs",
            'act_and_decodes': "a `partial` has the function in .func; map_tensors goes into tuples",
            'Learner.get_preds': "a GatherPredsCallback in run_validation; then `concat`; loss_not_reduced is a context",
@@ -1550,16 +1556,18 @@ def test_what_lesson_9_shows_on_mnist1d():
     assert_shown(run_9())
 
 # =============================================================================================
-lesson(10, "Saving", minutes=60,
+lesson(10, "Saving", tried=4, minutes=60,
        goal="files that are whole or not there, that open with stock torch, and run no code when they are read",
        predict="the power fails while a network is written to a file: what is in the file afterwards?",
        read="section 11",
        exercises={
            'save_state': "write to another name, then flush, os.fsync; os.replace is done in one go",
            'load_state': "a zip, whose `testzip` sees what torch.load does not, and moves the place in an open file",
-           'bare_state': "torch.compile keeps the model in `_orig_mod`, DataParallel in `module`; keys show it",
-           'put_state': "which keys fit, see `kind`? Check all before the first change; an optimizer may refuse, too",
-           'Learner.export': "`restored` puts back what you take out: loaders, optimizer, batch, `distributed`"})
+           'bare_state': "torch.compile keeps the model in `_orig_mod`; DataParallel in `module`, a name that parts may have, too",
+           'put_state': "compare with bare_state, by key and `kind`; change nothing before all is known to fit, an "
+                        "optimizer included; a checkpoint has more keys than 'model' and 'opt'",
+           'Learner.export': "`restored` puts back what you take out: loaders (of a copy of dls), optimizer, batch, "
+                             "`distributed`; the logger is print again"})
 
 def test_a_file_is_written_in_one_go(tmp_path, monkeypatch):
     file, sizes, fsync = tmp_path / 'some' / 'where' / 'a.pth', [], os.fsync
@@ -1578,11 +1586,12 @@ def test_a_file_is_written_in_one_go(tmp_path, monkeypatch):
     assert file.read_bytes() == content and list(file.parent.iterdir()) == [file], "the old file stays whole"
 
 def test_files_are_read_to_a_device_and_where_they_stand():
-    buffer, places = io.BytesIO(b'mine'), []
-    buffer.seek(4)
+    start = 4 * (tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 6))     # 2.4 finds no zip after other bytes
+    buffer, places = io.BytesIO(b'mine'[:start]), []
+    buffer.seek(start)
     ml.save_state(torch.ones(2), buffer)
     for device in ([], ['meta'], [None]):
-        buffer.seek(4)
+        buffer.seek(start)
         places.append(ml.load_state(buffer, *device).device.type)
     assert places == ['cpu', 'meta', 'cpu'], "the CPU by default, so that files from a GPU can be read anywhere"
 
@@ -1619,7 +1628,7 @@ def test_a_state_is_loaded_as_a_whole_or_not_at_all():
         with pytest.raises(ValueError, match='the_file'):
             ml.put_state('the_file', wrong, model, None)
         assert 7 not in model.bias, "strict: check all tensors before the first is copied"
-    with pytest.warns(UserWarning, match='the_file.*more.*weight'):
+    with pytest.warns(UserWarning, match='the_file(?=.*more)(?=.*weight)'):
         ml.put_state('the_file', {**too_small, 'more': torch.ones(1)}, model, None, strict=False)
     assert model.bias == 7 and 0 not in model.weight, "else what fits is loaded, and a warning names the others"
     with warnings.catch_warnings(action='error'):
@@ -1634,7 +1643,7 @@ def test_the_optimizer_is_loaded_on_demand():
         opt = ml.Adam(Line().parameters(), lr=0.5)
         ml.put_state('f', both, Line(), opt, with_opt)
         assert opt.hypers[0]['lr'] == lr, "None: if it is in the file"
-    ml.put_state('f', both, Line(), None)
+    ml.put_state('f', {**both, 'more': 1}, Line(), None)
     ml.put_state('f', weights_only, Line(), opt)
     for state, kwargs in ((weights_only, {'with_opt': True}), (both, {}), (both, {'strict': False, 'with_opt': True})):
         with pytest.raises(ValueError):
@@ -1660,18 +1669,32 @@ def test_export_takes_all_but_the_data(tmp_path):
     assert loaded.recorder.learn is loaded and learn.export('b.pkl') == tmp_path / 'b.pkl'
 
 def run_10():
-    print("Lesson 10 has no numbers to show: all that it promises, its tests have shown.")
-    return []
+    train, test = ml.mnist1d()
+    dls = ml.DataLoaders.from_tensors(*train, valid=test, bs=250, device='cpu')
+    learn, other = (line_learner(dls, mnist_mlp(), loss_func=F.cross_entropy, metrics=ml.accuracy) for _ in range(2))
+    learn.fit(10, 1e-2)
+    with tempfile.TemporaryDirectory() as learn.path:
+        file = learn.save(Path(learn.path, 'whole').resolve())
+        cut = file.with_name('cut.pth')
+        cut.write_bytes(file.read_bytes()[:-100])       # the power failed
+        yield "accuracy", learn.validate()[1], 0.45, 0.7
+        yield "what a network that has loaded the file lacks", learn.validate()[1] - other.load(file).validate()[1], 0, 0
+        with pytest.raises(ValueError):
+            other.load(cut)
+        yield "files that are refused, of one that was cut", 1, 1, 1
+
+def test_what_lesson_10_shows_on_mnist1d():
+    assert_shown(run_10())
 
 # =============================================================================================
-lesson(11, "A shelf of callbacks", minutes=50, read="section 14",
+lesson(11, "A shelf of callbacks", tried=3, minutes=50, read="section 14",
        goal="change batches, stop before NaN, keep the best weights, penalize activations",
        predict="with which weights does a fit of ten epochs end if the fourth was best? And with SaveModelCallback?",
        exercises={
            'before_batch_cb': "f is given self.x and self.y; xb and yb of the learner are tuples: tuplify",
            'TerminateOnNaNCallback.after_loss': "to_detach(self.loss, cpu=False) is that of all processes; `say` why",
            'SaveModelCallback.after_epoch': "compare, as trackers do; every_epoch: if `completed`; else if new_best",
-           'SaveModelCallback.after_fit': "nothing after a failure; at_end saves; else load the best, if there is one",
+           'SaveModelCallback.after_fit': "nothing after a failure; at_end saves; else load the best, if there is one and the fit trained",
            'RNNRegularizer.after_loss': "mean squares, in float32, of out[-1], raw_out[-1].diff(dim=1); forget both"})
 
 def test_a_function_may_change_every_batch():
@@ -1783,16 +1806,16 @@ def test_what_lesson_11_shows_on_mnist1d():
     assert_shown(run_11())
 
 # =============================================================================================
-lesson(12, "Mixed precision and checkpoints", minutes=40, read="sections 15 and 16",
+lesson(12, "Mixed precision and checkpoints", tried=2, minutes=40, read="sections 15 and 16",
        goal="train with half the bits where these are enough, and go on after a crash as if nothing had happened",
        predict="what has to be in a file from which a training goes on to the very same bits? Write a list.",
        exercises={
            'MixedPrecision.before_batch': "torch.autocast for the type of device; enter it, keep it in learn.autocast",
            'MixedPrecision.after_loss': "leave the context by its __exit__, if there is one; learn.autocast is None",
-           'CheckpointCallback.save': "save_state of a dict: all on your list, and self.plan",
+           'CheckpointCallback.save': "save_state of a dict: all on your list, and self.plan; process 0 writes",
            'CheckpointCallback.go_on_from':
-               "check that it has a plan, the same; put_state: loss (first on a copy), model; callbacks, frozen_idx, "
-               "counts; `say` so; random numbers last: the others may draw some"})
+               "check that its plan is this one; put_state a copy of the loss function, then model and optimizer, then "
+               "the loss itself; callbacks; frozen parameters; counts; `say` so; random numbers last, as others draw"})
 
 def test_half_precision_is_for_prediction_and_loss_alone():
     model, inside, outside = nn.Linear(1, 1), set(), set()
@@ -1946,14 +1969,6 @@ def test_parameters_by_kind():
     layers = nn.Sequential(nn.GroupNorm(1, 2), nn.LayerNorm(2), nn.RMSNorm(2))
     assert len(ml.norm_bias_params(layers, False)) == 5, "they are norm layers, too"
 
-# ---- loaders
-
-def test_to_augment_a_batch_in_place_does_not_change_the_data_set():
-    x = torch.arange(8)
-    for xb, in ml.TensorLoader(x, bs=4):
-        xb.add_(1)
-    assert x.equal(torch.arange(8))
-
 def test_bad_data_is_refused():
     dls, x = ml.DataLoaders, torch.ones(8, 1)
     for what, bad in [('[8, 3] rows', lambda: ml.TensorLoader(x, torch.ones(3))),
@@ -1975,14 +1990,6 @@ def test_dataloaders_name_their_parts():
     assert three[2] is extra and three.valid is None and three.valid_ds is None, "dls[2] may be a test set"
     for dup in (copy.copy(dls), copy.deepcopy(dls), pickle.loads(pickle.dumps(dls))):
         assert len(dup.train) == 4, "copy and pickle skip __init__: the copy must still have its loaders"
-
-@pytest.mark.parametrize('make, fact', [
-    (lambda: ml.TensorLoader(torch.ones(3)), '3 rows, bs=64'), (line_learner, 'line'),
-    (lambda: ml.DataLoaders([1, 2], Stream(), device='cpu'), "[2, '?']"), (lambda: ml.AvgMetric(F.l1_loss), 'l1_loss'),
-    (lambda: ml.Adam([nn.Parameter(torch.ones(1))], 0.1), '0.1')])
-def test_a_repr_is_one_line_with_a_fact(make, fact):
-    o = make()
-    assert repr(o).startswith(f'{type(o).__name__}(') and '\n' not in repr(o) and fact in repr(o)
 
 def test_from_tensors_takes_arrays_lists_and_tuples():
     import numpy
@@ -2034,8 +2041,6 @@ def test_to_moves_the_tensors_of_memory_and_the_batches():
     dls = ml.DataLoaders([torch.ones(2)], device='meta')
     assert dls.one_batch().is_meta, "a list stays where it is; each of its batches moves"
     assert dls.cpu().device.type == 'cpu'
-
-# ---- what a person reads
 
 def test_targets_are_decoded():
     dls = ml.DataLoaders([], vocab=['cat', 'dog'], device='cpu')
@@ -2107,8 +2112,6 @@ def test_the_note_on_an_error_says_where_and_with_what():
     learn.one_batch(3, line_data(4))
     shapes = ', '.join(['(4, 1) torch.float32'] * 3)
     assert ml.where(learn) == f'in epoch 0, validation batch 3: xb, yb, pred: {shapes}'
-
-# ---- callbacks
 
 @pytest.mark.parametrize('wrong, near', [('after_bacth', 'after_batch'), ('begin_fit', 'before_fit')])
 def test_a_misspelt_event_is_an_error_with_the_nearest_name(wrong, near):
@@ -2210,8 +2213,6 @@ def test_the_loop_can_be_shown(capsys):
     assert shown.startswith('Start Fit\n   - before_fit     : [TrainEvalCallback]\n  Start Epoch Loop')
     assert re.findall(r'- (\w+) *: \[', shown) == list(ml.EVENTS[1:]) and len(ml.EVENTS) == 24
 
-# ---- the Learner
-
 def test_a_new_learner_is_at_rest(tmp_path):
     dls = line_dls(path=tmp_path)
     dls.train_ds.loss_func = F.l1_loss
@@ -2260,8 +2261,6 @@ def test_a_compiled_model_trains_alike():
     compiled.fit(1)
     assert same(weights(learn.model), weights(compiled.model))
 
-# ---- its optimizer
-
 def test_a_rate_of_the_opt_func_wins():
     learn = line_learner(opt_func=functools.partial(ml.SGD, lr=0.3), lr=0.1)
     with pytest.warns(UserWarning, match='lr=0.1 is not used: opt_func has its own, 0.3'):
@@ -2295,8 +2294,6 @@ def test_the_optimizer_is_that_of_the_model():
     learn.opt = opt = ml.SGD([learn.model.a], lr=0.1)
     learn.fit(1)
     assert learn.opt is opt, "one of your own stays"
-
-# ---- dict batches
 
 class TakesKeywords(nn.Module):
     """Returns what has `logits`: an object, or a dict."""
@@ -2809,13 +2806,18 @@ def test_predictions_are_for_the_rows_of_their_loader_and_draw_no_number(make, r
     found = line_learner().get_preds(dl=make(TensorDataset(x, y)))[1]
     assert found.flatten().equal(y[list(rows), 0]) and torch.get_rng_state().equal(before)
 
+def test_predictions_are_joined_in_the_structure_of_the_outputs():
+    Out, a, b = collections.namedtuple('Out', 'scores parts texts'), torch.zeros(2, 3), torch.ones(1, 3)
+    joined = ml.concat([Out(a, [a, a], ['x', 'y']), Out(b, [b, b], ['z'])])
+    assert type(joined) is Out and joined.scores.shape == (3, 3) and joined.texts == ['x', 'y', 'z']
+    assert type(joined.parts) is list and joined.parts[1].equal(torch.cat([a, b]))
+
 def test_show_results_puts_target_over_prediction():
     dls = ml.DataLoaders([], class_batches(1), device='cpu', vocab='abc')
     learn = line_learner(dls, small_net(), loss_func=F.cross_entropy)
     titles = [f"{'abc'[t]}\n{'abc'[p]}" for t, p in zip(*learn.get_preds(with_decoded=True)[1:])]
     axs = learn.show_results(max_n=3, shuffle=False)
     assert [ax.get_title() for ax in axs.flat] == [*titles[:3], '']
-    __import__('matplotlib.pyplot').pyplot.close('all')
 
 # =============================================================================================
 promises("Saving, and files that are hostile or broken")
@@ -3266,8 +3268,6 @@ def test_no_value_is_read_from_the_device_per_batch():
     reads = []
     assert reads_of(2) == reads_of(20) > 0, "each would make a GPU wait; those of an epoch's row are as many as ever"
 
-# ---- whatever interrupts
-
 def trust_learner(model=None, **kwargs):
     """Batch norm, dropout and momentum: whatever is not put back will show."""
     data, model = class_batches(3), model or nn.Sequential(small_net(), nn.Dropout(0.2))
@@ -3415,9 +3415,6 @@ BANNER = re.compile(r'^# (\d+)\. [^\n:]+: [^\n]+\n# -{80,}\n(?:# Needs: ([^\n]+)
 SECTIONS = {int(m[1]): m for m in BANNER.finditer(SOURCE)}
 CUT = re.search('^# PART II', SOURCE, re.M).start()
 
-def test_examples_in_docstrings_are_true():
-    assert doctest.testmod(ml).failed == 0
-
 def test_import_brings_nothing_but_torch():
     imports = re.findall(r'^(?:import|from) (\w+)', SOURCE, re.M)
     assert set(imports) - set(sys.stdlib_module_names) == {'torch'}, "others only where they are needed"
@@ -3484,8 +3481,6 @@ def test_orders_stay_as_they_are():
               ml.GatherPredsCallback: 50, ml.ProgressCallback: 55, ml.TrackerCallback: 60, ml.ParamScheduler: 60,
               ml.LRFinder: 60, ml.SaveModelCallback: 60, ml.EarlyStoppingCallback: 61, ml.CheckpointCallback: math.inf}
     assert {cb: cb.order for cb in orders} == orders, "users place callbacks between these: they may not move"
-
-# ---- what README.md and tutorial.ipynb say
 
 @needs_readme
 def test_readme_shows_what_its_example_really_prints(capsys):
@@ -3560,7 +3555,7 @@ def test_every_exercise_is_a_function_of_one_lesson_with_a_hint():
 def test_run_shows_numbers_beside_what_to_expect(monkeypatch, capsys):
     monkeypatch.setitem(globals(), 'run_1', lambda: [('callbacks', len(ml.defaults.callbacks), 0., 0.)])
     run('1')
-    assert re.fullmatch(r'callbacks +0.000   expected: 0.0 to 0.0\n', capsys.readouterr().out), "those of lesson 1"
+    assert re.fullmatch(r'callbacks +0   expected: 0.0 to 0.0\n', capsys.readouterr().out), "those of lesson 1"
 
 def test_blanks_change_bodies_and_nothing_else():
     blanked = blank(SOURCE, EVERY)
@@ -3602,6 +3597,7 @@ def test_a_handout_has_its_lessons_and_the_guide_alone(tmp_path, words, lessons)
 
 def test_the_panel_is_drawn_for_every_test_that_may_wait(monkeypatch):
     found, written = {one.n: tasks(one) for one in LESSONS}, []
+    found = {n: {name: (line, True) for name, (line, _) in found[n].items()} for n in found}
     monkeypatch.setitem(globals(), 'tasks', lambda one: found[one.n])
     out = types.SimpleNamespace(write_line=lambda text, **style: written.append(text))
     for name, function in [(k, v) for k, v in globals().items() if k.startswith('test_') and number(v)]:
@@ -3634,8 +3630,8 @@ def test_a_lesson_that_is_done_opens_the_next_one(tmp_path):
     assert status == 1, f"not done, even if nothing is red: {said}"
     assert re.search(rf'1  {first.title} +done +see it: python {NAME} run 1', said)
     assert re.search(rf'2  {second.title} +0 of \d+ tests pass', said)
-    assert second.goal in said and '  hint   {}: {}'.format(*next(iter(second.exercises.items()))) in said
-    assert '3 to write' in said and 'FAILURES' not in said, "what is only not written yet is not red"
+    assert second.goal in said and all(f'{name}: {hint}' in said for name, hint in second.exercises.items())
+    assert '3 wait' in said and 'FAILURES' not in said, "what is only not written yet is not red"
 
 def test_wrong_answers_get_hints_and_endless_loops_are_stopped(tmp_path):
     handout(tmp_path, '1')
@@ -3763,8 +3759,9 @@ class Guide:
     def pytest_runtest_setup(self, item):
         if HANDED is None:
             return
-        failed_in = [number(other) for other in self.failed]
-        if number(item) > min([self.first_blank, *failed_in]) or len(failed_in) >= 3 or self.is_over:
+        failed = {inspect.unwrap(other.function) for other in self.failed}      # cases of a test count once
+        if number(item) > min([self.first_blank, *map(number, failed)]) or self.is_over or \
+                len(failed) >= 3 and inspect.unwrap(item.function) not in failed:
             pytest.skip('locked')
 
     @pytest.hookimpl(hookwrapper=True)
@@ -3791,11 +3788,18 @@ class Guide:
             ours = {FILE, Path(__file__).resolve()}
             report.longrepr = excinfo.getrepr(style='short', tbfilter=lambda info: info.traceback.filter(
                 lambda frame: Path(frame.path).resolve() in ours) or info.traceback)
-        last = {name.split('.')[-1]: name for name in one.exercises}
-        inner = [last[frame.name] for frame in excinfo.traceback if frame.name in last and frame.path == FILE][-1:]
-        known = inner or [last[word] for word in sorted(words(item.function) & last.keys())]
-        hints = [f'{name}: {one.exercises[name]}' for name in known if name not in self.to_mend]
-        self.to_mend += [name for name in inner if name not in self.to_mend]
+        hints_of = {name: hint for other in LESSONS if other.n <= one.n for name, hint in other.exercises.items()}
+        codes = [frame.frame.code.raw.co_qualname for frame in excinfo.traceback if frame.path == FILE]
+        called = [code.split('.<locals>')[0] for code in codes]         # one with @patch lacks its class
+        known = [name for code in called for name in hints_of if code in (name, name.split('.')[-1])]
+        known = [name for name in known if name in one.exercises][-2:] + known[-1:]
+        if not known:       # it came to its end, and the test did not like what it saw
+            used = words(item.function) - {'Learner', 'Optimizer'}
+            known = [name for name in one.exercises if name.split('.')[0] in used] or \
+                    [name for name in one.exercises if name.split('.')[-1] in used]
+        known = [name for name in dict.fromkeys(known) if name not in self.to_mend]
+        hints = [f'{name}: {hints_of[name]}' for name in known]
+        self.to_mend += known
         if lost := [name for name in one.exercises if name not in tasks(one)]:
             hints = [f"minilearner.py has no {', '.join(lost)} any more: was it renamed or deleted?"]
         if hints:       # once each
@@ -3812,7 +3816,7 @@ class Guide:
         if report.skipped and 'locked' in str(report.longrepr):
             return 'locked', '', 'LOCKED'
         if report.skipped and 'to write: ' in str(report.longrepr):
-            return 'to write', 'w', ('TO WRITE', {'yellow': True})
+            return 'wait', 'w', ('WAITS', {'yellow': True})
 
     def pytest_sessionfinish(self, session, exitstatus):
         if self.failed and exitstatus == pytest.ExitCode.OK:
@@ -3844,21 +3848,23 @@ class Guide:
 
     def show_task(self, out, one):
         """The goal, what is still to write (first what the tests need first), and the test that waits."""
-        out.write_line(f'\n{one.title} (about {one.minutes} minutes): {one.goal}')
+        out.write_line(f'\n{one.title}: {one.goal}')
+        out.write_line(f'time: an AI student took {one.tried} minutes; a person takes longer, plan {one.minutes}')
         out.write_line(f'predict first: {one.predict}\nread: {one.read}\n')
-        todo = tasks(one)
-        blanks = sorted((name for name in todo if todo[name][1]), key=lambda name: name != self.needs)
+        todo = {name: task for other in LESSONS if other.n <= one.n for name, task in tasks(other).items()}
         for name in [name for name in self.to_mend if name in todo and not todo[name][1]]:
             out.write_line(f'  look   minilearner.py:{todo[name][0]:<5} {name}, or what you wrote last', bold=True)
-        for name in blanks:
-            out.write_line(f'  write  minilearner.py:{todo[name][0]:<5} {name}', bold=name == self.needs)
-        if self.needs in one.exercises:
-            out.write_line(f'  hint   {self.needs}: {one.exercises[self.needs]}')
+        for name in sorted(one.exercises, key=lambda name: name != self.needs):
+            if name in todo and todo[name][1]:
+                hint = f'{name}: {one.exercises[name]}'
+                out.write_line(f'  write  minilearner.py:{todo[name][0]:<5} {hint}', bold=name == self.needs)
         out.write_line(f'  then   pytest, or for this lesson alone: pytest -k lesson{one.n:02}\n')
         for item in sorted(self.failed, key=number)[:1]:
             out.write_line(f'The test that waits, {NAME}:{inspect.unwrap(item.function).__code__.co_firstlineno}:\n')
             out.write_line(source_of(item.function))
-            used = [f'{name} (line {HELPERS[name]})' for name in sorted(words(item.function) & HELPERS.keys())]
+            names = {node.id for node in ast.walk(ast.parse(source_of(item.function))) if isinstance(node, ast.Name)}
+            names -= {*inspect.unwrap(item.function).__code__.co_varnames}      # what it defines itself
+            used = [f'{name} (line {HELPERS[name]})' for name in sorted(names & HELPERS.keys())]
             out.write_line(f"\nIt uses {', '.join(used)}.\n" if used else '')
 
 def lesson_number(n):
@@ -3910,7 +3916,7 @@ def run(n):
     """Train on MNIST-1D with what lesson `n` was about, and show the numbers beside what to expect."""
     ml.defaults.callbacks = callbacks_of(int(n))
     for what, value, low, high in globals()[f'run_{n}']():
-        print(f'{what:50} {value:.3f}   expected: {low} to {high}')
+        print(f'{what:50} {value:.3g}   expected: {low} to {high}')
 
 class Tell:
     """A pytest plugin that writes each result to a file at once: a test that hangs loses only itself."""

@@ -23,7 +23,8 @@ should reach. Nothing here fails.
   data        tensors in memory, shuffled: batches of DataLoader(TensorDataset) against ours.
   reads       values read from the device per training batch (counted).
   memory      peak of the training, against the hand-written loop.
-  recorder    time of a batch around batch 100,000 against batch 1,000.
+  growth      batches per second with 10 and 1,000 parameter tensors, with 1,000 and 100,000
+              batches an epoch, and the memory that is kept of each batch (Linux only).
   import      of minilearner against that of torch, in fresh processes.
   others      the hand-written loop on the MLP against fastai, Lightning, skorch, ignite and
               accelerate, as far as they are installed.
@@ -300,26 +301,32 @@ def bench_memory(args):
     show('memory: peak', [peak(True) / peak(False) for _ in range(1 if args.quick else 3)], '<= 1.02')
 
 
-def bench_recorder(args):
-    """Time per batch, as a ratio to a batch by hand just after it, late and early in a long epoch."""
-    n = 10_000 if args.quick else 101_000
-    ready = (torch.ones(1, 1, device=args.device), torch.ones(1, 1, device=args.device))
-    learn = ml.Learner(ml.DataLoaders([ready] * n, device=args.device), nn.Linear(1, 1), F.mse_loss, ml.SGD)
-    learn.logger = lambda row: None
-    twin = nn.Linear(1, 1).to(args.device)
-    opt = torch.optim.SGD(twin.parameters(), lr=1e-3)
-    times = []
+def bench_growth(args):
+    """Batches per second by number of parameter tensors and of batches an epoch; what is kept of each batch."""
+    def run(make, n):
+        torch.manual_seed(0)
+        ready = batches(1, 16, 8, args.device) * n
+        twin = make().to(args.device)
+        opt = torch.optim.SGD(twin.parameters(), lr=1e-3)
+        learn = learner(copy.deepcopy(twin), ready[:100], None, torch.optim.SGD, args.device)
+        learn.fit(1), plain_train(twin, opt, ready[:100])
+        learn.dls.train = ready
+        before = resident()
+        ours = seconds(lambda: learn.fit(1), args.device)
+        kept = resident() - before
+        return ours, seconds(lambda: plain_train(twin, opt, ready), args.device), kept
 
-    def after_batch(self):
-        if self.iter < 2000 or self.iter >= n - 1000:
-            begin = time.perf_counter()
-            F.mse_loss(twin(ready[0]), ready[1]).backward()
-            opt.step()
-            times.append((begin, time.perf_counter()))
-    learn.fit(1, cbs=ml.Callback(after_batch=after_batch))
-    costs = [(begin - last_end) / (end - begin) for (_, last_end), (begin, end) in zip(times, times[1:])]
-    early, late = statistics.median(costs[1000:1999]), statistics.median(costs[-999:])
-    show(f'recorder: batch {n - 1000:,} against batch 1,000', late / early, '= 1')
+    for n_layers, n in [(5, 1000), (5, 10_000 if args.quick else 100_000), (500, 100 if args.quick else 1000)]:
+        layers = [nn.Linear(8, 8) for _ in range(n_layers - 1)] + [nn.Linear(8, 10)]
+        ours, by_hand, kept = run(lambda: nn.Sequential(*layers), n)
+        print(f"{f'growth: {2 * n_layers} tensors, {n:,} batches':44} Learner {n / ours:,.0f}, by hand "
+              f"{n / by_hand:,.0f} batches/s; {kept / n:,.0f} bytes kept per batch", flush=True)
+
+
+def resident():
+    """Bytes of memory that the process has in use."""
+    with open('/proc/self/statm') as f:
+        return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
 
 
 def bench_import(args):
@@ -483,7 +490,7 @@ def bench_others(args):
 
 
 PARTS = {'loop': bench_loop, 'optimizer': bench_optimizer, 'data': bench_data, 'reads': bench_reads,
-         'memory': bench_memory, 'recorder': bench_recorder, 'import': bench_import, 'others': bench_others}
+         'memory': bench_memory, 'growth': bench_growth, 'import': bench_import, 'others': bench_others}
 
 
 def main():
