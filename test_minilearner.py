@@ -2973,62 +2973,6 @@ def test_float16_on_cuda(tmp_path):
     assert learn.mixed_precision.scaler.get_scale() > 1 and learn.get_preds()[0].dtype == torch.float32
     assert learn.recorder.values[-1][1] < learn.recorder.values[0][1], "it learns"
 
-def killed_training(folder, n_kills):
-    """Train in one go; then again, killed `n_kills` times at any moment; write both results."""
-    rng, write = random.Random(0), ml.save_state
-
-    def start(name, seconds=0., in_save=0.):
-        """Train in a process that a timer kills after `seconds`, or `in_save` seconds after a save began."""
-        child = os.fork()
-        if child:
-            status = os.waitpid(child, 0)[1]
-            assert os.WIFSIGNALED(status) or status == 0, "it can always go on"
-            return os.WIFSIGNALED(status)
-        signal.setitimer(signal.ITIMER_REAL, seconds)       # 0: never
-        def save_state(*args):
-            if in_save and rng.random() < 0.2: signal.setitimer(signal.ITIMER_REAL, in_save)
-            write(*args)
-        ml.save_state = save_state
-        ml.set_seed(0)
-        x, y = line_data(192)
-        data = DataLoader(TensorDataset(x[:128], y[:128]), 16, shuffle=True, generator=torch.Generator())
-        dls = ml.DataLoaders(data, ml.TensorLoader(x[128:], y[128:], bs=24), device='cpu')
-        model = nn.Sequential(nn.Linear(1, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(), nn.Linear(16, 1))
-        learn = line_learner(dls, model, path=folder)
-        stop, best = ml.EarlyStoppingCallback(patience=9), ml.SaveModelCallback(fname=f'{name}-best')
-        learn.fit_one_cycle(12, 0.05, cbs=[stop, best, ml.MixedPrecision('bf16'), ml.CheckpointCallback(name)])
-        r, draws = learn.recorder, [random.random(), torch.rand(1), torch.rand(1, generator=data.generator)]
-        torch.save({'model': weights(model), 'opt': learn.opt.state_dict(), 'random': draws, 'best': stop.best,
-                    'history': [r.values, r.lrs, r.losses, r.iters, r.hps], 'train_iter': learn.train_iter,
-                    'validate': learn.validate()}, f'{folder}/{name}-result')
-        os._exit(0)
-
-    begin, result, n = time.time(), Path(folder, 'killed-result'), 0
-    start('whole')
-    duration = time.time() - begin
-    while n < n_kills:
-        if result.exists():         # it was too fast: begin anew
-            result.unlink(), Path(folder, 'models/killed.pth').unlink()
-        n += start('killed', rng.random() * duration, rng.random() * 0.002 * (n % 2))
-    start('killed')
-
-@pytest.fixture(scope='session')
-def killed(background, tmp_path_factory):
-    """The folder of a training that is killed and resumed, and what runs there."""
-    folder, n = tmp_path_factory.mktemp('killed'), int(os.environ.get('KILLS', '6'))    # KILLS=30 pytest -k killed
-    code = f'import {Path(NAME).stem} as tests; tests.killed_training({str(folder)!r}, {n})'
-    return folder, background(sys.executable, '-c', code, cwd=folder, CUDA_VISIBLE_DEVICES='')
-
-exactly = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
-
-@pytest.mark.skipif(not hasattr(os, 'fork'), reason="kills forked processes")
-def test_a_training_that_was_killed_anywhere_ends_with_the_same_bits(killed):
-    folder, process = killed
-    done = outcome(process, patience=600)
-    assert done.returncode == 0, done.stderr
-    whole, resumed = (torch.load(folder / f'{name}-result', weights_only=True) for name in ('whole', 'killed'))
-    exactly(resumed, whole)
-
 @pytest.mark.parametrize('cbs, n_epoch', [([], 5), ([ml.EarlyStoppingCallback], 2)])
 def test_a_training_that_is_complete_trains_no_more(tmp_path, cbs, n_epoch):
     cbs = [cb(min_delta=9.) for cb in cbs]      # nobody improves by that much: stopped early is complete, too
@@ -3047,6 +2991,8 @@ def test_the_same_object_goes_on_after_ctrl_c_and_serves_one_fit(tmp_path, capsy
     assert 'run.pth: 2 of 4 epochs were done' in capsys.readouterr().out, "and says so"
     with pytest.raises(ValueError, match='serves one fit'):
         learn.fit(4, cbs=stop)
+
+exactly = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
 
 # =============================================================================================
 promises("Many processes")      # README's script, started by torchrun, is tested with README
@@ -3404,6 +3350,60 @@ def test_what_users_of_the_first_edition_found_stays_mended(tmp_path):
     assert wrapped.opt.param_groups[0]['params'] == [p], "assigned, they reach the torch optimizer"
     with pytest.raises(ValueError, match="n_epoch='3'"):
         learn.fit('3')
+
+def killed_training(folder, n_kills):
+    """Train in one go; then again, killed `n_kills` times at any moment; write both results."""
+    rng, write = random.Random(0), ml.save_state
+
+    def start(name, seconds=0., in_save=0.):
+        """Train in a process that a timer kills after `seconds`, or `in_save` seconds after a save began."""
+        child = os.fork()
+        if child:
+            status = os.waitpid(child, 0)[1]
+            assert os.WIFSIGNALED(status) or status == 0, "it can always go on"
+            return os.WIFSIGNALED(status)
+        signal.setitimer(signal.ITIMER_REAL, seconds)       # 0: never
+        def save_state(*args):
+            if in_save and rng.random() < 0.2: signal.setitimer(signal.ITIMER_REAL, in_save)
+            write(*args)
+        ml.save_state = save_state
+        ml.set_seed(0)
+        x, y = line_data(192)
+        data = DataLoader(TensorDataset(x[:128], y[:128]), 16, shuffle=True, generator=torch.Generator())
+        dls = ml.DataLoaders(data, ml.TensorLoader(x[128:], y[128:], bs=24), device='cpu')
+        model = nn.Sequential(nn.Linear(1, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(), nn.Linear(16, 1))
+        learn = line_learner(dls, model, path=folder)
+        stop, best = ml.EarlyStoppingCallback(patience=9), ml.SaveModelCallback(fname=f'{name}-best')
+        learn.fit_one_cycle(12, 0.05, cbs=[stop, best, ml.MixedPrecision('bf16'), ml.CheckpointCallback(name)])
+        r, draws = learn.recorder, [random.random(), torch.rand(1), torch.rand(1, generator=data.generator)]
+        torch.save({'model': weights(model), 'opt': learn.opt.state_dict(), 'random': draws, 'best': stop.best,
+                    'history': [r.values, r.lrs, r.losses, r.iters, r.hps], 'train_iter': learn.train_iter,
+                    'validate': learn.validate()}, f'{folder}/{name}-result')
+        os._exit(0)
+
+    begin, result, n = time.time(), Path(folder, 'killed-result'), 0
+    start('whole')
+    duration = time.time() - begin
+    while n < n_kills:
+        if result.exists():         # it was too fast: begin anew
+            result.unlink(), Path(folder, 'models/killed.pth').unlink()
+        n += start('killed', rng.random() * duration, rng.random() * 0.002 * (n % 2))
+    start('killed')
+
+@pytest.fixture(scope='session')
+def killed(background, tmp_path_factory):
+    """The folder of a training that is killed and resumed, and what runs there."""
+    folder, n = tmp_path_factory.mktemp('killed'), int(os.environ.get('KILLS', '6'))    # KILLS=30 pytest -k killed
+    code = f'import {Path(NAME).stem} as tests; tests.killed_training({str(folder)!r}, {n})'
+    return folder, background(sys.executable, '-c', code, cwd=folder, CUDA_VISIBLE_DEVICES='')
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason="kills forked processes")
+def test_a_training_that_was_killed_anywhere_ends_with_the_same_bits(killed):
+    folder, process = killed
+    done = outcome(process, patience=600)
+    assert done.returncode == 0, done.stderr
+    whole, resumed = (torch.load(folder / f'{name}-result', weights_only=True) for name in ('whole', 'killed'))
+    exactly(resumed, whole)
 
 # =============================================================================================
 promises("The file itself, and the code in README.md and tutorial.ipynb")
