@@ -761,7 +761,7 @@ class Recorder(Callback):
         if learn.training and self.train_mets:
             learn.smooth_loss = self.train_mets[0].value
             self.losses.append(learn.smooth_loss)
-            self.lrs.append(learn.opt.hypers[-1]['lr'])
+            self.lrs.append(learn.opt.lr)
 
     def after_train(self):
         if self.completed:
@@ -1030,6 +1030,7 @@ class Optimizer:
     train_bn: not used here, see `Learner`. defaults: hypers of all groups.
     """
     made_for = None    # a Learner that makes it remembers the parameters here
+    lr = property(lambda self: self.hypers[-1]['lr'], doc="Rate of the last group.")
 
     def __init__(self, params, cbs, train_bn=True, **defaults):
         self.cbs, self.param_lists = listify(cbs), as_groups(params)
@@ -2013,6 +2014,7 @@ class OptimWrapper(Optimizer):
     param_lists = property(lambda self: [g['params'] for g in self.param_groups],
                            _set_params)
     hypers = property(lambda self: [*map(self._named, self.param_groups)])
+    lr = property(lambda self: self.param_groups[-1]['lr'])    # as `hypers` costs more
 
     def _named(self, group):
         """The hypers of a torch group under our names."""
@@ -2711,10 +2713,9 @@ def show_results(self: Learner, ds_idx=1, dl=None, max_n=9, shuffle=True, ax=Non
     """
     batch = next(iter(in_order(find_loader(self.dls, ds_idx, dl))))
     x, _, y, decoded = self.get_preds(dl=[batch], with_input=True, with_decoded=True)
-    rows = list(range(len(decoded)))
-    if shuffle:
-        random.Random().shuffle(rows)
-    rows, dls = rows[:max_n], self.dls
+    n, dls = len(decoded), self.dls
+    order = random.Random().sample(range(n), n) if shuffle else range(n)
+    rows = list(order[:max_n])
     titles = [f'{caption(dls, y[i])}\n{caption(dls, decoded[i])}' for i in rows]
     return show_samples(map_tensors(lambda t: t[rows], x), titles, ax)
 
@@ -2767,8 +2768,7 @@ def plot_lr_find(self: Recorder, skip_end=5, suggestions=None):
 class ProgressCallback(Callback):
     """Prints the Recorder's rows as a table, with a bar below it while a pass runs.
 
-    It takes the place of `print` as the logger; a logger of your own is left alone. The
-    bar is drawn on terminals and in notebooks only.
+    It replaces `print` as the logger. The bar needs a terminal or a notebook.
     """
     order, only_fit, has_bar, drawn_at = 55, True, False, 0.
 
