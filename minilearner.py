@@ -847,7 +847,7 @@ class DataLoaders:
                  vocab=None, decode=None, targets=None, split=None):
         self.train, self.valid, self.others = train, valid, others
         for dl in [train, *(dl for dl in self.loaders if dl is not None)]:
-            ok = not isinstance(dl, (type(None), Iterator, data_tools.Dataset))
+            ok = not isinstance(dl, (type(None), Tensor, Iterator, data_tools.Dataset))
             check(ok, f"{type(dl).__name__} is no loader: give a DataLoader", TypeError)
         self.path, self.vocab, self.decode = Path(path), vocab, decode
         self.n_inp = n_inp or getattr(self.train, 'n_inp', None)
@@ -1498,7 +1498,7 @@ def find_loader(dls, ds_idx, dl):
     """`dl`, or loader number `ds_idx` of `dls` if it is None."""
     found = dl if dl is not None else next(iter(dls.loaders[ds_idx:]), None)
     check(found is not None, f"there is no loader {ds_idx}: give ds_idx=0, or a `dl`")
-    return found
+    return DataLoaders(found, device=dls.device).train    # which refuses other things
 
 def run_validation(learn, ds_idx, dl, reorder, cbs):
     """One pass, with its events, over `dl` or loader `ds_idx`; see `get_preds`."""

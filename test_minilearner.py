@@ -10,8 +10,7 @@
     python test_minilearner.py grade FILE ... [--json]      points per lesson; the students' code is run
     python test_minilearner.py check [full]         can the lessons be solved in their order?
 
-The lessons come first, then the promises, then the guide. PyTorch and the plain loop are the oracles.
-Everything runs offline and without a GPU; with one, the tests marked `needs_cuda` run as well.
+Lessons come first, then promises, then the guide. PyTorch and the plain loop are the oracles. No GPU is needed.
 """
 import ast
 import collections
@@ -1976,7 +1975,7 @@ def test_bad_data_is_refused():
                       ('valid_pct=-0.1', lambda: dls.from_tensors(x, valid_pct=-0.1))]:
         with pytest.raises(ValueError, match=re.escape(what)):
             bad()
-    for bad in ([None], [iter([1])], [TensorDataset(x)], [[1], iter([1])], [[1], None, TensorDataset(x)]):
+    for bad in ([None], [x], [iter([1])], [TensorDataset(x)], [[1], iter([1])], [[1], None, TensorDataset(x)]):
         with pytest.raises(TypeError, match='loader'):
             dls(*bad)    # a data set would train sample by sample, an iterator for one epoch
 
@@ -2772,8 +2771,9 @@ def test_validate_equals_one_pass_over_all_rows(capsys):
     assert learn.validate(dl=ml.TensorLoader(x, y, bs=16, drop_last=True)) == learn.validate(), "of all rows"
     assert learn.validate(dl=[x]) == [None, None], "without targets nothing is measured"
     assert capsys.readouterr().out == '', "outside of a fit there is no table to print"
-    with pytest.raises(ValueError, match='ds_idx=0'):
-        ml.Learner(ml.DataLoaders([(x, y)], device='cpu'), Line(), F.mse_loss).validate()
+    for error, dl in ((ValueError, None), (TypeError, x)):      # the rows of x would be batches
+        with pytest.raises(error, match='ds_idx=0|no loader'):
+            ml.Learner(ml.DataLoaders([(x, y)], device='cpu'), Line(), F.mse_loss).validate(dl=dl)
 
 def test_predictions_in_a_training_disturb_nothing():
     def look(self):
