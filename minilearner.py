@@ -1446,6 +1446,8 @@ def lr_find(self: Learner, start_lr=1e-7, end_lr=10, num_it=100, stop_div=True,
     check('recorder' in vars(self), "lr_find needs the Recorder: add_cb(Recorder)")
     with restored(self), self.no_logging(), ExitStack() as at_exit:
         at_exit.callback(set_rng_state, rng_state(self.dls), self.dls)
+        for cb in self.cbs:
+            at_exit.callback(setattr, cb, 'run', cb.run)    # the end of a fit resets it
         # copied together, so that the optimizer has the parameters of the model's copy
         copies = copy.deepcopy((self.model, self.loss_func, self.opt))
         self.model, self.loss_func, self.opt = copies
@@ -2189,8 +2191,7 @@ class EarlyStoppingCallback(TrackerCallback):
         super().after_epoch()
         wait = len(self.recorder.values) - self.best_row
         if wait >= self.patience:
-            best = self.epoch - wait
-            say(self.learn, f"stopped: no better {self.monitor} since epoch {best}")
+            say(self.learn, f"no better {self.monitor} since epoch {self.epoch - wait}")
             raise CancelFitException
 
 class SaveModelCallback(TrackerCallback):
@@ -2890,9 +2891,8 @@ def demo(n_epoch=15, seed=0, folder='.'):
     dls = DataLoaders.from_tensors(*train, valid=test)
     learn = Learner(dls, small_cnn(), nn.CrossEntropyLoss(), metrics=accuracy)
     learn.fit_one_cycle(n_epoch, 1e-2)
-    axs = learn.show_results()
     score, file = learn.final_record[-1], Path(folder, 'minilearner_demo.png')
-    axs.flat[0].figure.savefig(file)
+    learn.show_results().flat[0].figure.savefig(file)
     print(f"test accuracy {score:.1%} (published CNN: 94 %), figure: {file}")
     return score
 

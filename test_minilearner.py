@@ -304,7 +304,7 @@ lesson(1, "A first loop", tried=3, minutes=30,
        exercises={
            'fit_plain': "train(): loss, backward, step, zero_grad per batch; then eval(), no_grad(): loss times rows",
            'TensorLoader.__iter__': "an order of the rows (torch.randperm or arange), cut by .split; len(self) batches",
-           'DataLoaders.split_batch': "`split`, then tuplify; else tuples and lists by n_inp, dicts by targets; else one input",
+           'DataLoaders.split_batch': "`split`, tuplify; else tuples, lists by n_inp, dicts by targets; else one input",
            'map_tensors': "it calls itself on items of tuples, lists, dicts, on fields; type(b), copy.copy keep types"})
 
 def test_plain_loop_is_gradient_descent():
@@ -631,7 +631,7 @@ def test_learner_equals_the_plain_loop_bit_for_bit(momentum):
                          opt_func=functools.partial(torch.optim.SGD, momentum=momentum))
     learn.fit(1)
     learn.fit(2)
-    same(weights(plain), weights(model)) or pytest.fail("other weights or batch norm statistics than fit_plain's: compare "
+    same(weights(plain), weights(model)) or pytest.fail("other weights or norm statistics than fit_plain: compare "
                                                         "backward, step and zero_grad, model.train(), and the loaders")
 
 def test_validation_does_not_train():
@@ -776,7 +776,7 @@ lesson(4, "Measure and record", tried=4, minutes=50,
            'AvgMetric.accumulate': "`add` wants the mean over the batch, and how many samples it is of: find_bs",
            'AvgSmoothLoss.accumulate': "back from the newest, weights are 1, beta, beta**2, ...: what is its share?",
            'Recorder.after_batch': "metrics accumulate; if one raises, add_note(its name); losses, lrs in training",
-           'Recorder.after_epoch': "keep self.row, leave [] there; all None: return; iters, values, final_record, log; logger"})
+           'Recorder.after_epoch': "take self.row, leave []; all None: return; iters, values, final_record; logger"})
 
 def test_accuracy_is_the_share_of_right_answers():
     pred = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3], [0.6, 0.4]])
@@ -837,7 +837,7 @@ def test_each_training_batch_is_recorded():
         learn.one_batch(i, batch)
         smooth.accumulate(learn)
         assert learn.recorder.losses[i].item() == pytest.approx(smooth.value.item()), "smoothed, after each batch"
-        assert learn.smooth_loss is learn.recorder.losses[-1], "losses are smoothed ones; the learner has the newest as smooth_loss"
+        assert learn.smooth_loss is learn.recorder.losses[-1], "losses: smoothed; learn.smooth_loss is the newest"
     assert learn.recorder.lrs == [0.1] * 4, "and the rate of the optimizer"
     learn.one_batch(4, line_data(4)[:1])
     assert len(learn.recorder.losses) == 4, "without a target, `yb` is empty, and the loss that of the batch before"
@@ -1096,7 +1096,7 @@ lesson(7, "Schedules", tried=3, minutes=60,
            'combine_scheds': "check the shares; a part starts at the sum of those before; return a function of pos",
            'ParamScheduler.before_batch': "opt.set_hyper sets the value at pct_train, hps keeps that of the last group",
            'Learner.fit_one_cycle': "set_hyper gives groups their peaks; combined_cos plans for a ParamScheduler",
-           'LRFinder.after_batch': "recorder.losses are smoothed, train_iter counts; CancelFitException; no comparison with NaN is true"})
+           'LRFinder.after_batch': "recorder.losses are smoothed; CancelFitException; no comparison with NaN is true"})
 
 def test_a_cosine_is_slow_fast_slow():
     assert [ml.sched_cos(1, 3, pos) for pos in (0, 0.5, 1)] == pytest.approx([1, 2, 3]), "half of the way at half time"
@@ -1193,7 +1193,7 @@ def search(losses, **kwargs):
     finder, recorder = ml.LRFinder(**kwargs), types.SimpleNamespace(losses=[])
     for i, loss in enumerate(losses, 1):
         recorder.losses += [] if loss is None else [torch.tensor(loss)]
-        finder.learn = types.SimpleNamespace(recorder=recorder, train_iter=i, smooth_loss=(recorder.losses or [None])[-1])
+        finder.learn = types.SimpleNamespace(recorder=recorder, train_iter=i, smooth_loss=[None, *recorder.losses][-1])
         try:
             finder.after_batch()
         except ml.CancelFitException:
@@ -1301,7 +1301,7 @@ def test_early_stopping_stops_after_patience_and_says_why(scores, kwargs, n_epoc
     learn.logger = print
     learn.fit(len(scores))
     *rows, told = capsys.readouterr().out.splitlines()
-    assert len(learn.recorder.values) == n_epochs, "`patience` epochs in a row without a new best; equal, NaN, or not better by min_delta is none"
+    assert len(learn.recorder.values) == n_epochs, "so many without a best; equal, NaN, by less than min_delta is none"
     if n_epochs < len(scores):
         best = n_epochs - 1 - kwargs.get('patience', 1)
         assert len(rows) == n_epochs and 'score' in told and str(best) in told, \
@@ -1562,7 +1562,7 @@ lesson(10, "Saving", tried=4, minutes=60,
        exercises={
            'save_state': "write to another name, then flush, os.fsync; os.replace is done in one go",
            'load_state': "a zip, whose `testzip` sees what torch.load does not, and moves the place in an open file",
-           'bare_state': "torch.compile keeps the model in `_orig_mod`; DataParallel in `module`, a name that parts may have, too",
+           'bare_state': "torch.compile keeps the model in `_orig_mod`, DataParallel in `module`; parts may be named so",
            'put_state': "compare with bare_state, by key and `kind`; change nothing before all is known to fit, an "
                         "optimizer included; a checkpoint has more keys than 'model' and 'opt'",
            'Learner.export': "`restored` puts back what you take out: loaders (of a copy of dls), optimizer, batch, "
@@ -1675,7 +1675,7 @@ def run_10():
     with tempfile.TemporaryDirectory() as learn.path:
         file = learn.save(Path(learn.path, 'whole').resolve())
         yield "accuracy", learn.validate()[1], 0.45, 0.7
-        yield "what a network that has loaded the file lacks", learn.validate()[1] - other.load(file).validate()[1], 0, 0
+        yield "what a network lacks that has loaded it", learn.validate()[1] - other.load(file).validate()[1], 0, 0
         file.write_bytes(file.read_bytes()[:-100])      # the power failed
         with pytest.raises(ValueError):
             other.load(file)
@@ -1692,7 +1692,7 @@ lesson(11, "A shelf of callbacks", tried=3, minutes=50, read="section 14",
            'before_batch_cb': "f is given self.x and self.y; xb and yb of the learner are tuples: tuplify",
            'TerminateOnNaNCallback.after_loss': "to_detach(self.loss, cpu=False) is that of all processes; `say` why",
            'SaveModelCallback.after_epoch': "compare, as trackers do; every_epoch: if `completed`; else if new_best",
-           'SaveModelCallback.after_fit': "nothing after a failure; at_end saves; else load the best, if there is one and the fit trained",
+           'SaveModelCallback.after_fit': "nothing after a failure; at_end saves; else load the best, if any, and if it trained",
            'RNNRegularizer.after_loss': "mean squares, in float32, of out[-1], raw_out[-1].diff(dim=1); forget both"})
 
 def test_a_function_may_change_every_batch():
@@ -2520,12 +2520,12 @@ def test_lr_find_then_fit_equals_fit(opt_func):
         dls = ml.DataLoaders(DataLoader(data, 8, shuffle=True, generator=generator), class_batches(1), device='cpu')
         learn = line_learner(dls, small_net(), loss_func=F.cross_entropy, opt_func=opt_func, lr=0.01)
         learn.model.insert(1, nn.Dropout(0.2))
-        for n_epoch in (1, 2):
+        for n_epoch, learn.progress.run in ((1, False), (2, False)):       # `run` is False until the end of the fit
             before = learn.opt, vars(learn).get('final_record')
             if find:
                 learn.lr_find(num_it=12, stop_div=False, show_plot=False)
                 assert len(learn.recorder.lrs) == 12, "only the history is that of the search"
-            assert before == (learn.opt, vars(learn).get('final_record'))
+            assert before == (learn.opt, vars(learn).get('final_record')) and not learn.progress.run
             learn.fit(n_epoch)
         return [*weights(learn.model), torch.rand(1), torch.tensor(random.random())], str(learn.opt.state_dict())
     (w1, opt1), (w2, opt2) = run(False), run(True)
