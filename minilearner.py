@@ -847,8 +847,7 @@ class DataLoaders:
                  vocab=None, decode=None, targets=None, split=None):
         self.train, self.valid, self.others = train, valid, others
         for dl in [train, *(dl for dl in self.loaders if dl is not None)]:
-            ok = not isinstance(dl, (type(None), Tensor, Iterator, data_tools.Dataset))
-            check(ok, f"{type(dl).__name__} is no loader: give a DataLoader", TypeError)
+            check_loader(dl)
         self.path, self.vocab, self.decode = Path(path), vocab, decode
         self.n_inp = n_inp or getattr(self.train, 'n_inp', None)
         self.targets, self.split = listify(targets), split
@@ -924,6 +923,11 @@ class DataLoaders:
         return self
     cuda, cpu = partialmethod(to, 'cuda'), partialmethod(to, 'cpu')
 
+def check_loader(dl):
+    """Refuse what holds rows, or gives its batches only once, in place of a loader."""
+    ok = not isinstance(dl, (type(None), Tensor, Iterator, data_tools.Dataset))
+    check(ok, f"{type(dl).__name__} is no loader: give a DataLoader", TypeError)
+
 def as_tensors(o):
     """List of tensors from a tensor, an array, or a tuple of these; None is empty."""
     def convert(a):    # floats of an array, float64 in NumPy, to torch's default
@@ -954,10 +958,7 @@ def map_tensors(f, b):
 def tensors_in(b):
     """List of all tensors in nested tuples, lists, dicts and dataclasses."""
     found = []
-    def note(t):
-        found.append(t)
-        return t
-    map_tensors(note, b)
+    map_tensors(lambda t: found.append(t) or t, b)    # append returns None
     return found
 
 def to_device(b, device=None, non_blocking=False):
@@ -1146,8 +1147,7 @@ def Adam(params, lr, mom=0.9, sqr_mom=0.99, eps=1e-5, wd=0.01, decouple_wd=True)
 
 # PART II: The rest of fastai's Learner
 # --------------------------------------------------------------------------------------
-# Part I knows nothing of what follows. Each section plugs in as your own code can: by
-# callbacks, and by methods that are added to a class with `@patch`.
+# Part I knows nothing of what follows, which plugs in as your own code can.
 
 import atexit
 import gc
@@ -1500,7 +1500,8 @@ def find_loader(dls, ds_idx, dl):
     """`dl`, or loader number `ds_idx` of `dls` if it is None."""
     found = dl if dl is not None else next(iter(dls.loaders[ds_idx:]), None)
     check(found is not None, f"there is no loader {ds_idx}: give ds_idx=0, or a `dl`")
-    return DataLoaders(found, device=dls.device).train    # which refuses other things
+    check_loader(found)
+    return found
 
 def run_validation(learn, ds_idx, dl, reorder, cbs):
     """One pass, with its events, over `dl` or loader `ds_idx`; see `get_preds`."""
@@ -2754,8 +2755,7 @@ def plot_sched(self: Recorder, keys=None, figsize=None):
 def plot_lr_find(self: Recorder, skip_end=5, suggestions=None):
     """Draw the loss by learning rate, as `lr_find` left it; returns the axes.
 
-    skip_end: leave out so many batches, when the loss explodes. suggestions: what
-    `lr_find` returned, to mark by vertical lines.
+    skip_end: batches to leave out, as the loss explodes. suggestions: of `lr_find`.
     """
     ax, n = new_axes()[0, 0], max(1, len(self.losses) - skip_end)
     ax.plot(self.lrs[:n], [float(loss) for loss in self.losses[:n]])

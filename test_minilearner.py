@@ -1301,7 +1301,7 @@ def test_early_stopping_stops_after_patience_and_says_why(scores, kwargs, n_epoc
     learn.logger = print
     learn.fit(len(scores))
     *rows, told = capsys.readouterr().out.splitlines()
-    assert len(learn.recorder.values) == n_epochs, "so many without a best; equal, NaN, by less than min_delta is none"
+    assert len(learn.recorder.values) == n_epochs, "no new best: equal, NaN, or better by less than min_delta"
     if n_epochs < len(scores):
         best = n_epochs - 1 - kwargs.get('patience', 1)
         assert len(rows) == n_epochs and 'score' in told and str(best) in told, \
@@ -1562,7 +1562,7 @@ lesson(10, "Saving", tried=4, minutes=60,
        exercises={
            'save_state': "write to another name, then flush, os.fsync; os.replace is done in one go",
            'load_state': "a zip, whose `testzip` sees what torch.load does not, and moves the place in an open file",
-           'bare_state': "torch.compile keeps the model in `_orig_mod`, DataParallel in `module`; parts may be named so",
+           'bare_state': "torch.compile keeps the model in `_orig_mod`, DataParallel in `module`, also a name of parts",
            'put_state': "compare with bare_state, by key and `kind`; change nothing before all is known to fit, an "
                         "optimizer included; a checkpoint has more keys than 'model' and 'opt'",
            'Learner.export': "`restored` puts back what you take out: loaders (of a copy of dls), optimizer, batch, "
@@ -1675,7 +1675,7 @@ def run_10():
     with tempfile.TemporaryDirectory() as learn.path:
         file = learn.save(Path(learn.path, 'whole').resolve())
         yield "accuracy", learn.validate()[1], 0.45, 0.7
-        yield "what a network lacks that has loaded it", learn.validate()[1] - other.load(file).validate()[1], 0, 0
+        yield "accuracy that saving and loading lose", learn.validate()[1] - other.load(file).validate()[1], 0, 0
         file.write_bytes(file.read_bytes()[:-100])      # the power failed
         with pytest.raises(ValueError):
             other.load(file)
@@ -1692,7 +1692,7 @@ lesson(11, "A shelf of callbacks", tried=3, minutes=50, read="section 14",
            'before_batch_cb': "f is given self.x and self.y; xb and yb of the learner are tuples: tuplify",
            'TerminateOnNaNCallback.after_loss': "to_detach(self.loss, cpu=False) is that of all processes; `say` why",
            'SaveModelCallback.after_epoch': "compare, as trackers do; every_epoch: if `completed`; else if new_best",
-           'SaveModelCallback.after_fit': "nothing after a failure; at_end saves; else load the best, if any, and if it trained",
+           'SaveModelCallback.after_fit': "not after a failure; at_end saves; else load the best if any, if it trained",
            'RNNRegularizer.after_loss': "mean squares, in float32, of out[-1], raw_out[-1].diff(dim=1); forget both"})
 
 def test_a_function_may_change_every_batch():
@@ -3595,9 +3595,8 @@ def test_a_handout_has_its_lessons_and_the_guide_alone(tmp_path, words, lessons)
     assert 'FAST_STEPS = set()' in code and f'HANDED = {sorted(chosen)!r}' in text and 'class Guide' in text
 
 def test_the_panel_is_drawn_for_every_test_that_may_wait(monkeypatch):
-    found, written = {one.n: tasks(one) for one in LESSONS}, []
-    found = {n: {name: (line, True) for name, (line, _) in found[n].items()} for n in found}
-    monkeypatch.setitem(globals(), 'tasks', lambda one: found[one.n])
+    found, written = {name: (line, True) for name, (line, _) in tasks(*LESSONS).items()}, []
+    monkeypatch.setitem(globals(), 'tasks', lambda *lessons: found)
     out = types.SimpleNamespace(write_line=lambda text, **style: written.append(text))
     for name, function in [(k, v) for k, v in globals().items() if k.startswith('test_') and number(v)]:
         guide, one = Guide(), lesson_of(inspect.unwrap(function))
@@ -3718,12 +3717,12 @@ def lessons_alone(names):
     head = head.replace('HANDED = None', f'HANDED = {sorted(names)!r}', 1)
     return ''.join([head, *kept, blocks[-1]])
 
-def tasks(one):
-    """{name: (line, whether it is still blank)} of the exercises of a lesson, in the order in which it lists them."""
+def tasks(*lessons):
+    """{name: (line, whether it is still blank)} of the exercises of lessons, in the order in which they list them."""
     text = FILE.read_text(encoding='utf-8')
     found = defined(text)
     return {name: (found[name].lineno, bool(BLANK.search(ast.get_source_segment(text, found[name]))))
-            for name in one.exercises if name in found}
+            for one in lessons for name in one.exercises if name in found}
 
 def blank_behind(error):
     """(lesson, name) of the blank that an error, or what it came from, is about; None if none is."""
@@ -3850,7 +3849,7 @@ class Guide:
         out.write_line(f'\n{one.title}: {one.goal}')
         out.write_line(f'time: an AI student took {one.tried} minutes; a person takes longer, plan {one.minutes}')
         out.write_line(f'predict first: {one.predict}\nread: {one.read}\n')
-        todo = {name: task for other in LESSONS if other.n <= one.n for name, task in tasks(other).items()}
+        todo = tasks(*[other for other in LESSONS if other.n <= one.n])
         for name in [name for name in self.to_mend if name in todo and not todo[name][1]]:
             out.write_line(f'  look   minilearner.py:{todo[name][0]:<5} {name}, or what you wrote last', bold=True)
         for name in sorted(one.exercises, key=lambda name: name != self.needs):
