@@ -308,7 +308,7 @@ class Learner:
             finally:
                 if wd is not None:    # it was for this fit
                     opt.set_hyper('wd', own_wd)
-                self.training = False
+                self.training, self.dl = False, None
                 for cb in self.cbs:
                     cb.run = True
 
@@ -1037,6 +1037,8 @@ class Optimizer:
         self.cbs, self.param_lists = listify(cbs), as_groups(params)
         self.hypers = [{} for _ in self.param_lists]
         self.state = defaultdict(dict)
+        # all_params makes a state for each parameter
+        check(len(self.all_params()) == len(self.state), "a parameter is given twice")
         for f in self.cbs:
             # subtle: a partial of a step function has no `defaults`, its function has
             self.set_hypers(**getattr(getattr(f, 'func', f), 'defaults', {}))
@@ -1056,7 +1058,8 @@ class Optimizer:
         """
         values = spread(v, len(self.param_lists), k)
         ok = all(isinstance(value, (int, float)) and value >= 0 for value in values)
-        if k in ('lr', 'wd') and not ok:    # `check` would build its text in each batch
+        # not by `check`, which would build its text in each batch
+        if not ok and k in ('lr', 'mom', 'sqr_mom', 'eps', 'wd'):
             raise ValueError(f"{k}={v!r}: give a number of at least 0")
         for i, value in enumerate(values):
             self._set(i, k, value)
@@ -1444,6 +1447,7 @@ def lr_find(self: Learner, start_lr=1e-7, end_lr=10, num_it=100, stop_div=True,
     Returns: what these suggest, a named tuple of floats; None without them.
     """
     check('recorder' in vars(self), "lr_find needs the Recorder: add_cb(Recorder)")
+    check(self.dl is None, "lr_find in the middle of a fit: call it before, or after")
     with restored(self), self.no_logging(), ExitStack() as at_exit:
         at_exit.callback(set_rng_state, rng_state(self.dls), self.dls)
         for cb in self.cbs:
@@ -1590,9 +1594,10 @@ class GatherPredsCallback(Callback):
 
 def concat(parts, dim=0):
     """Join tensors or arrays, or structures that are nested alike, along `dim`."""
-    if not parts:
+    first = parts[0] if parts else None
+    kind = type(first)
+    if first is None:
         return None
-    first, kind = parts[0], type(parts[0])
     if isinstance(first, Mapping):
         return Keywords({k: concat([part[k] for part in parts], dim) for k in first})
     if isinstance(first, (tuple, list)) and tensors_in(first):
@@ -1677,7 +1682,7 @@ def predict(self: Learner, item, with_input=False):
 def check_item(dls, x):
     """Refuse a batch `x` where one item is expected; see `Learner.predict`."""
     rng, ds, shape = rng_state(dls), dls.train_ds, x.shape
-    if hasattr(ds, '__getitem__') and hasattr(ds, '__len__') and not dls.split:
+    if in_order(dls.train) is not dls.train and not dls.split:    # a row has a number
         shape = getattr(first_item(ds[0]), 'shape', shape)
         set_rng_state(rng, dls)    # the data set may augment at random
     check(len(shape) == x.dim(), f"an item of shape {list(x.shape)}, but train_ds[0] "
@@ -1807,8 +1812,7 @@ def load_model(file, model, opt, with_opt=None, device=None, strict=True):
     Raises: OSError; ValueError, naming the file and the keys, if it is damaged or does
     not fit. Then nothing has changed.
     """
-    state = load_state(file, device or 'cpu')
-    put_state(file, state, model, opt, with_opt, strict)
+    put_state(file, load_state(file, device or 'cpu'), model, opt, with_opt, strict)
 
 def put_state(file, state, model, opt, with_opt=None, strict=True):
     """Load `state`, read from `file`, into `model` and `opt`; see `load_model`."""
@@ -2007,15 +2011,10 @@ class OptimWrapper(Optimizer):
         self.opt, self.state = opt, defaultdict(dict)
         self.hp_map = hp_map or self.hp_map
 
-    def _set_params(self, lists):
-        for group, params in zip(self.param_groups, lists, strict=True):
-            group['params'] = params
-
     step = property(lambda self: self.opt.step)
     state_dict = property(lambda self: self.opt.state_dict)
     param_groups = property(lambda self: self.opt.param_groups)
-    param_lists = property(lambda self: [g['params'] for g in self.param_groups],
-                           _set_params)
+    param_lists = property(lambda self: [g['params'] for g in self.param_groups])
     hypers = property(lambda self: [*map(self._named, self.param_groups)])
     lr = property(lambda self: self.param_groups[-1]['lr'])    # as `hypers` costs more
 
@@ -2070,8 +2069,7 @@ def from_dsets(cls, train_ds, valid_ds=None, bs=64, shuffle=True, **kwargs):
     kwargs: path, vocab and the like are those of `DataLoaders`. All others go to
       torch's DataLoader; sampler and drop_last to that of the training alone.
     """
-    names = ('path', 'device', 'n_inp', 'vocab', 'decode', 'targets', 'split')
-    own = {k: kwargs.pop(k) for k in names if k in kwargs}
+    own = {k: kwargs.pop(k) for k in inspect.signature(cls).parameters if k in kwargs}
     can_shuffle = not isinstance(train_ds, data_tools.IterableDataset)
     shuffle = shuffle and can_shuffle and kwargs.get('sampler') is None
     loaders = [data_tools.DataLoader(train_ds, bs, shuffle, **kwargs)]
@@ -2123,8 +2121,8 @@ mk_simple_metric = mk_metric
 def mk_metric(m):
     """`m` as a `Metric`: a class is called, an object wrapped, a function averaged."""
     m = m() if isinstance(m, type) else m
-    is_object = all(hasattr(m, k) for k in ('update', 'compute', 'reset'))
-    return ObjectMetric(m) if is_object else mk_simple_metric(m)
+    wrap = {'update', 'compute', 'reset'} <= {*dir(m)} and not isinstance(m, Metric)
+    return ObjectMetric(m) if wrap else mk_simple_metric(m)
 
 class TerminateOnNaNCallback(Callback):
     """Ends the training before a NaN or infinite training loss reaches the weights.
@@ -2192,7 +2190,8 @@ class EarlyStoppingCallback(TrackerCallback):
         super().after_epoch()
         wait = len(self.recorder.values) - self.best_row
         if wait >= self.patience:
-            say(self.learn, f"no better {self.monitor} since epoch {self.epoch - wait}")
+            since = max(0, self.epoch - wait)    # 0 also if there was none at all
+            say(self.learn, f"no improvement of {self.monitor} since epoch {since}")
             raise CancelFitException
 
 class SaveModelCallback(TrackerCallback):
@@ -2715,6 +2714,7 @@ def show_results(self: Learner, ds_idx=1, dl=None, max_n=9, shuffle=True, ax=Non
     """
     batch = next(iter(in_order(find_loader(self.dls, ds_idx, dl))))
     x, _, y, decoded = self.get_preds(dl=[batch], with_input=True, with_decoded=True)
+    y, decoded = first_item(y), first_item(decoded)    # of several, the first
     n, dls = len(decoded), self.dls
     order = random.Random().sample(range(n), n) if shuffle else range(n)
     rows = list(order[:max_n])

@@ -531,7 +531,7 @@ lesson(3, "The loop", tried=7, minutes=120,
            'Learner._one_epoch': "self.dl is that of the pass; stages 'train' and, in torch.no_grad(), 'validate'",
            'Learner._all_epochs': "from start_epoch to n_epoch, which fit sets; `for self.epoch in ...` is allowed",
            'Learner.fit': "check the epochs; added_cbs; ensure_opt; set lr, wd; zero_grad; stage 'fit', _forget_batch; "
-                          "`finally`: the wd that was there, training is False, each cb.run True",
+                          "`finally`: the wd that was there, training False, dl None, each cb.run True",
            'TrainEvalCallback.before_train': "not train_bn: frozen NORM_LAYERS in eval(); learn.training, pct_train",
            'TrainEvalCallback.after_batch': "one batch more of n_iter * n_epoch; set them on self.learn"})
 
@@ -648,7 +648,6 @@ def test_validation_does_not_train():
 
 class Stream:
     """A loader that does not tell its length."""
-
     def __iter__(self): return iter([line_data(4)] * 2)
 
 def test_progress_is_counted():
@@ -1525,6 +1524,8 @@ def test_predict_takes_one_item():
     assert dls.split_batch((x, y))[1] == (y,), "afterwards, batches are split as before"
     given, *_, pred = learn.predict({'a': x[0], 'b': x[1].numpy(), 'y': y}, with_input=True)
     assert pred.equal(x[0] + x[1]) and set(given) == {'a', 'b'}, "the model gets what is no target, as keywords"
+    dls.train = DataLoader(torch.utils.data.ChainDataset([]))
+    assert learn.predict((x[0], x[1]))[-1].equal(pred), "a stream has no row to compare an item with"
 
 def test_tta_mixes_augmented_and_plain_predictions():
     learn = line_learner()      # y = 0.5 * x - 0.5
@@ -2349,7 +2350,8 @@ def test_metrics_are_functions_objects_or_classes_with_names():
                                       Largest, ml.ValueMetric(lambda: 7, 'seven'), ml.ValueMetric(lambda: 7))]
     assert [m.name for m in made] == ['loss', 'accuracy', 'half', 'mse_loss', 'largest', 'seven', '<lambda>'], \
         "functions have their own names, objects that of their class"
-    assert ml.mk_metric(made[0]) is made[0] and made[5].value == 7, "a Metric is taken as it is"
+    own = type('Own', (Largest, ml.Metric), {})()
+    assert all(ml.mk_metric(m) is m for m in [*made, own]) and made[5].value == 7, "a Metric is taken as it is"
     def vector(pred, y): return (pred - y).flatten()[:3]
     for bad, match in (('acc', "metric 'acc'"), (vector, "metric 'vector'.*not one number")):
         with pytest.raises(TypeError, match=match):
@@ -2545,6 +2547,8 @@ def test_lr_find_walks_through_the_rates_in_silence(capsys):
         line_learner().lr_find(num_it=1)
     with pytest.raises(ValueError, match='lr_find needs the Recorder'):
         line_learner(default_cbs=False, cbs=ml.TrainEvalCallback).lr_find()
+    with pytest.raises(ValueError, match='in the middle of a fit'):
+        line_learner().fit(1, cbs=ml.Callback(after_step=lambda self: self.learn.lr_find()))
 
 def test_suggestions():
     lrs, losses = torch.tensor([1e-4, 1e-3, 1e-2, 1e-1, 1.]), torch.tensor([4., 3.9, 2., 1.5, 3.])
@@ -2600,8 +2604,9 @@ def test_parameters_come_as_one_group_or_as_several():
     assert lists([[1, 2], [3]]) == lists([(o for o in [1, 2]), (3,)]) == [[1, 2], [3]], "iterables of them are groups"
     p = param()
     assert lists(p) == lists(iter([p])) == [[p]], "a tensor is one parameter, no list of numbers"
-    with pytest.raises(ValueError):
-        ml.SGD([{'params': [p], 'lr': 1.}], lr=0.1)     # that is torch's form
+    for bad in ([{'params': [p], 'lr': 1.}], [[p], [param(), p]]):      # torch's form; one in two groups
+        with pytest.raises(ValueError):
+            ml.SGD(bad, lr=0.1)
 
 def test_hypers_come_from_step_functions_and_keywords():
     def f(p, **kwargs): pass
@@ -2621,7 +2626,8 @@ def test_a_hyper_spreads_over_groups(value, expected):
     assert {type(h['lr']) for h in opt.hypers} <= {int, float}, "plain numbers: they go into safe files"
 
 @pytest.mark.parametrize('name, bad', [
-    ('lr', [0.1, 0.2, -0.1]), ('lr', math.nan), ('lr', '0.1'), ('wd', -1), ('mom', slice(1, 0)), ('mom', [1, 2])])
+    ('lr', [0.1, 0.2, -0.1]), ('lr', math.nan), ('lr', '0.1'), ('wd', -1), ('mom', slice(1, 0)), ('mom', [1, 2]),
+    ('mom', math.nan), ('eps', -1)])
 def test_bad_hypers_are_refused_by_name_before_anything_changes(name, bad):
     opt = ml.Optimizer([[1], [2], [3]], ml.sgd_step, lr=0.1)
     with pytest.raises(ValueError, match=f'^{name}='):
@@ -2809,7 +2815,7 @@ def test_predictions_are_joined_in_the_structure_of_the_outputs():
     Out, a, b = collections.namedtuple('Out', 'scores parts texts'), torch.zeros(2, 3), torch.ones(1, 3)
     joined = ml.concat([Out(a, [a, a], ['x', 'y']), Out(b, [b, b], ['z'])])
     assert type(joined) is Out and joined.scores.shape == (3, 3) and joined.texts == ['x', 'y', 'z']
-    assert type(joined.parts) is list and joined.parts[1].equal(torch.cat([a, b]))
+    assert type(joined.parts) is list and joined.parts[1].equal(torch.cat([a, b])) and ml.concat([None, None]) is None
 
 def test_show_results_puts_target_over_prediction():
     dls = ml.DataLoaders([], class_batches(1), device='cpu', vocab='abc')
@@ -2817,6 +2823,8 @@ def test_show_results_puts_target_over_prediction():
     titles = [f"{'abc'[t]}\n{'abc'[p]}" for t, p in zip(*learn.get_preds(with_decoded=True)[1:])]
     axs = learn.show_results(max_n=3, shuffle=False)
     assert [ax.get_title() for ax in axs.flat] == [*titles[:3], '']
+    dls.split, learn.loss_func = lambda b: (b[0], (b[1], b[1])), lambda pred, y, z: F.cross_entropy(pred, y)
+    assert learn.show_results(max_n=1).flat[0].get_title()[0] in 'abc', "of several targets, the first"
 
 # =============================================================================================
 promises("Saving, and files that are hostile or broken")
@@ -3342,13 +3350,6 @@ def test_what_users_of_the_first_edition_found_stays_mended(tmp_path):
     learn.lr_find(num_it=12, show_plot=False)
     assert learn.final_record is row, "of the last fit, not of the search"
     assert line_learner(path=tmp_path).load('a', with_opt=False).opt is None, "no optimizer is made for nothing"
-    own = DataLoader(TensorDataset(*line_data(8)), num_workers=1, multiprocessing_context='spawn', timeout=3)
-    assert (ml.in_order(own).timeout, ml.in_order(own).multiprocessing_context) == (3, own.multiprocessing_context)
-    p, wrapped = nn.Parameter(torch.ones(1)), ml.OptimWrapper(Line().parameters(), torch.optim.SGD, lr=0.1)
-    wrapped.param_lists = [[p]]
-    assert wrapped.opt.param_groups[0]['params'] == [p], "assigned, they reach the torch optimizer"
-    with pytest.raises(ValueError, match="n_epoch='3'"):
-        learn.fit('3')
 
 def killed_training(folder, n_kills):
     """Train in one go; then again, killed `n_kills` times at any moment; write both results."""
