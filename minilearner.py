@@ -37,7 +37,6 @@ Sources: fastai's documentation, fastbook chapters 16 and 19, the papers named b
 import copy
 import dataclasses
 import difflib
-import math
 import re
 import time
 import types
@@ -432,9 +431,9 @@ class Learner:
         lr = getattr(self.opt_func, 'keywords', {}).get('lr', self.lr)
         if self.lr not in (lr, defaults.lr):
             warnings.warn(f"lr={self.lr} is not used: opt_func has its own, {lr}")
-        self.lr = lr
         self.model.to(self.dls.device)    # first, so that its state lands there, too
         self.opt = self.new_opt(self.splitter(self.model), lr)
+        self.lr = lr
         self.opt.set_hyper('lr', lr)
         self.opt.made_for = {*trainable_params(self.model)}.union(*self.opt.param_lists)
         for p in [] if self.wd_bn_bias else norm_bias_params(self.model):
@@ -620,7 +619,7 @@ class AvgMetric(Metric):
     def accumulate(self, learn):
         """Add the batch."""
         pred = map_tensors(without_graph, learn.pred)
-        self.add(self.func(pred, *learn.yb), find_bs(learn.yb))
+        self.add(self.func(pred, *learn.yb), n_rows(learn))
 
     def add(self, value, bs):
         """Add the mean of `bs` samples; it stays on the device, so nothing waits."""
@@ -636,7 +635,7 @@ class AvgLoss(AvgMetric):
 
     def accumulate(self, learn):
         """Add the loss of the batch."""
-        self.add(batch_loss(learn), find_bs(learn.yb))
+        self.add(batch_loss(learn), n_rows(learn))
 
 class AvgSmoothLoss(Metric):
     """Debiased moving average of the training loss; `beta` (< 1) weighs the past."""
@@ -683,6 +682,10 @@ def find_bs(b):
     """Batch size of `b`: the rows of its first item; 1 without a shape."""
     shape = getattr(first_item(b), 'shape', ())
     return shape[0] if shape else 1
+
+def n_rows(learn):
+    """Batch size, by a target that is a tensor, as others may be lists; else by xb."""
+    return find_bs([y for y in tuplify(learn.yb) if isinstance(y, Tensor)] or learn.xb)
 
 def accuracy(pred, target, axis=-1):
     """Share of the samples whose largest score along `axis` is at the target class.
@@ -790,7 +793,7 @@ class Recorder(Callback):
 def final_value(metric):
     """The value of a metric as a Python number. Raises: TypeError if it is none."""
     value = metric.value
-    if hasattr(value, 'item') and math.prod(value.shape) == 1:
+    if hasattr(value, 'item') and {*value.shape} <= {1}:
         value = value.item()
     is_number = value is None or isinstance(value, (int, float))
     check(is_number, f"metric {metric.name!r} is {value!r}, not one number", TypeError)
@@ -866,7 +869,6 @@ class DataLoaders:
         valid: a pair like (x, y); default: rows of these, left out of the training.
         valid_pct: their share; seed: an int that decides which ones.
         shuffle, drop_last: of the training loader. kwargs: see `DataLoaders`.
-        Raises: ValueError if the numbers of rows differ.
         """
         check(0 <= valid_pct < 1, f"{valid_pct=}: give a share below 1")
         xs, ys = as_tensors(x), as_tensors(y)
@@ -1058,7 +1060,6 @@ class Optimizer:
         """
         values = spread(v, len(self.param_lists), k)
         ok = all(isinstance(value, (int, float)) and value >= 0 for value in values)
-        # not by `check`, which would build its text in each batch
         if not ok and k in ('lr', 'mom', 'sqr_mom', 'eps', 'wd'):
             raise ValueError(f"{k}={v!r}: give a number of at least 0")
         for i, value in enumerate(values):
@@ -1094,8 +1095,7 @@ def run_step(f, p, state, hyper):
     try:
         return f(p, **kwargs) or {}
     except TypeError as error:
-        error.add_note(f"{func_name(f)} got {sorted(kwargs)}: pass what is missing to "
-                       "the Optimizer, or put its step function first")
+        error.add_note(f"{func_name(f)} got {sorted(kwargs)}: add what is missing")
         raise
 
 def trainable_params(model):
@@ -1150,11 +1150,11 @@ def Adam(params, lr, mom=0.9, sqr_mom=0.99, eps=1e-5, wd=0.01, decouple_wd=True)
 
 # PART II: The rest of fastai's Learner
 # --------------------------------------------------------------------------------------
-# Part I knows nothing of what follows, which plugs in as your own code can.
 
 import atexit
 import gc
 import inspect
+import math
 import operator
 import os
 import random
@@ -1197,8 +1197,9 @@ def restored(learn):
     try:
         yield
     finally:
-        learn.cbs = kept['_cbs']
-        learn.__dict__ = kept
+        others, learn.__dict__ = learn.cbs, kept    # at once: Ctrl-C may come here
+        for cb in others + learn.cbs:
+            cb.learn = learn if cb in learn.cbs else None
         for m, mode in modes.items():
             m.training = mode
 
@@ -1442,9 +1443,8 @@ def lr_find(self: Learner, start_lr=1e-7, end_lr=10, num_it=100, stop_div=True,
     Everything is then as before, but for the history in `recorder`: that of the search.
     Your callbacks take part and keep what they count; `only_fit = True` excludes one.
     num_it, stop_div: see `LRFinder`. show_plot: draw the losses and the suggestions.
-    suggest_funcs: functions of (lrs, losses, num_it), two tensors and an int, that
-      return a number.
-    Returns: what these suggest, a named tuple of floats; None without them.
+    suggest_funcs: functions of (lrs, losses, num_it), two tensors and an int.
+    Returns: the rates that these return, a named tuple of floats; None without them.
     """
     check('recorder' in vars(self), "lr_find needs the Recorder: add_cb(Recorder)")
     check(self.dl is None, "lr_find in the middle of a fit: call it before, or after")
@@ -1548,7 +1548,8 @@ def in_order(dl, rows=None, drop_last=False, rng=OWN_GENERATOR):
 def validate(self: Learner, ds_idx=1, dl=None, cbs=None):
     """`[loss, *metrics]`, plain numbers, of all rows of loader `ds_idx`, or of `dl`."""
     recorder, metrics = Recorder(), [mk_metric(m) for m in listify(self.metrics)]
-    kept = {id(o): o for o in (self, *self.cbs)}    # a metric may ask a callback
+    # copies, as a fit may go on; but a metric may ask the model or a callback
+    kept = {id(o): o for o in (self, self.model, *self.cbs, *listify(cbs))}
     recorder.valid_mets, recorder.row = [AvgLoss(), *copy.deepcopy(metrics, kept)], []
     run_validation(self, ds_idx, dl, True, [recorder, *listify(cbs)])
     return recorder.row
@@ -1570,22 +1571,22 @@ class GatherPredsCallback(Callback):
         self.inputs, self.preds, self.targets, self.losses = [], [], [], []
 
     def after_batch(self):
-        learn = self.learn
-        if not learn.completed:
+        if not self.completed:
             return
-        pred = learn.pred if self.act is None else self.act(learn.pred)
+        pred = self.pred if self.act is None else self.act(self.pred)
         self.keep(self.preds, pred, self.save_preds)
-        if learn.yb:
-            self.keep(self.targets, learn.y, self.save_targs)
+        if self.yb:
+            self.keep(self.targets, self.y, self.save_targs)
         if self.with_input:
-            self.keep(self.inputs, learn.x)
+            self.keep(self.inputs, self.x)
         if self.with_loss:
-            check(learn.yb, "with_loss: there is no loss without targets")
-            self.keep(self.losses, learn.loss.reshape(find_bs(learn.yb), -1).mean(1))
+            check(self.yb, "with_loss: there is no loss without targets")
+            self.keep(self.losses, self.loss.reshape(n_rows(self), -1).mean(1))
 
     def keep(self, kept, b, folder=None):
         """Append `b`, on the CPU, or write it to `folder`: '000_00012.pt', batch 12."""
-        b = self.learn.to_detach(b, gather=False)
+        # a clone, as it may be a part of a large tensor, or of one that is used again
+        b = map_tensors(torch.clone, self.learn.to_detach(b, gather=False))
         if folder is None:
             kept.append(b)
         elif process_rank() == 0 or 'distributed' in vars(self.learn):
@@ -1594,10 +1595,9 @@ class GatherPredsCallback(Callback):
 
 def concat(parts, dim=0):
     """Join tensors or arrays, or structures that are nested alike, along `dim`."""
-    first = parts[0] if parts else None
-    kind = type(first)
-    if first is None:
+    if not parts or parts[0] is None:
         return None
+    first, kind = parts[0], type(parts[0])
     if isinstance(first, Mapping):
         return Keywords({k: concat([part[k] for part in parts], dim) for k in first})
     if isinstance(first, (tuple, list)) and tensors_in(first):
@@ -1664,7 +1664,7 @@ def predict(self: Learner, item, with_input=False):
 
     Returns: ([input,] what a person reads, by `vocab` or `decode` of the DataLoaders;
     the decoded prediction; the prediction).
-    Raises: ValueError for a tensor of other dimensions than in `train_ds[0]`, a batch.
+    Raises: ValueError for a batch, if the training data are tensors in memory.
     """
     if isinstance(item, Mapping):
         item = {k: v for k, v in item.items() if k not in self.dls.targets}
@@ -1680,13 +1680,11 @@ def predict(self: Learner, item, with_input=False):
     return (detuplify(inputs), *result) if with_input else result
 
 def check_item(dls, x):
-    """Refuse a batch `x` where one item is expected; see `Learner.predict`."""
-    rng, ds, shape = rng_state(dls), dls.train_ds, x.shape
-    if in_order(dls.train) is not dls.train and not dls.split:    # a row has a number
-        shape = getattr(first_item(ds[0]), 'shape', shape)
-        set_rng_state(rng, dls)    # the data set may augment at random
-    check(len(shape) == x.dim(), f"an item of shape {list(x.shape)}, but train_ds[0] "
-          f"has {list(shape)}; for a batch, use get_preds(dl=[batch])")
+    """Refuse a batch `x` where one item is expected, if the data tell its shape."""
+    if isinstance(dls.train, TensorLoader) and not dls.split:
+        shape = dls.train_ds.tensors[0].shape[1:]
+        check(len(shape) == x.dim(), f"an item of shape {list(x.shape)}, but rows have "
+              f"{list(shape)}; for a batch, use get_preds(dl=[batch])")
 
 @patch
 def tta(self: Learner, ds_idx=1, dl=None, n=4, item_tfms=None, batch_tfms=None,
@@ -1901,9 +1899,8 @@ Optimizer.frozen_idx = 0    # the first group that trains
 def freeze_to(self: Optimizer, n):
     """Train only the groups from `n` on (negative: counted from the end).
 
-    Parameters whose state has `force_train` train in any case; frozen ones lose
-    their gradient. Warns if that freezes all groups. Raises: ValueError for a negative
-    n if there is one group.
+    Those whose state has `force_train` always train; frozen ones lose their gradient.
+    Warns if all are frozen. Raises: ValueError for a negative n and a single group.
     """
     n_groups = len(self.param_lists)
     check(n >= 0 or n_groups > 1, "freezing needs 2 or more groups: give a splitter")
@@ -2054,9 +2051,11 @@ def new_opt(self: Learner, params, lr):
     return self.opt_func(params, lr=lr)
 
 def set_opt(learn, opt):
-    """Assigning an optimizer of torch's to `learn.opt` wraps it."""
+    """Set `learn.opt`: torch's are wrapped; the rates of your own become `learn.lr`."""
     is_torchs = isinstance(opt, torch.optim.Optimizer)
-    vars(learn)['_opt'] = OptimWrapper(opt) if is_torchs else opt
+    vars(learn)['_opt'] = opt = OptimWrapper(opt) if is_torchs else opt
+    if opt is not None and opt.made_for is None:
+        learn.lr = [hyper.get('lr', defaults.lr) for hyper in opt.hypers]
 
 Learner.opt = property(lambda self: vars(self).get('_opt'), set_opt)
 
@@ -2127,7 +2126,8 @@ def mk_metric(m):
 class TerminateOnNaNCallback(Callback):
     """Ends the training before a NaN or infinite training loss reaches the weights.
 
-    It reads the loss of every batch, which waits for the device.
+    It reads the loss of every batch, which waits for the device. NaN inputs, however,
+    have reached the averages of batch norm by then.
     """
     order = -9
 
@@ -2140,10 +2140,9 @@ class TerminateOnNaNCallback(Callback):
 class TrackerCallback(Callback):
     """Watches a column of the Recorder: after each epoch `new_best` says if it is best.
 
-    monitor: title of the column.
+    monitor: title of the column. min_delta: by how much it has to be better.
     comp: `comp(a, b)` is True if a is better than b; default: less for titles with loss
-      or error, else greater. min_delta: by how much it has to be better.
-    reset_on_fit: forget the best when a fit begins.
+      or error, else greater. reset_on_fit: forget the best when a fit begins.
     best: the best value so far; infinite if there was none.
     """
     order, only_fit, keeps = 60, True, ('best', 'best_row')
@@ -2197,7 +2196,7 @@ class EarlyStoppingCallback(TrackerCallback):
 class SaveModelCallback(TrackerCallback):
     """Saves the model whenever it is best, and loads the best at the end of the fit.
 
-    fname: see `Learner.save`.
+    fname: see `Learner.save`; trainings at the same time need different ones.
     every_epoch: instead, save all epochs as fname_0, fname_1, ...; an int n: those that
       n divides.
     at_end: save at the end of the fit, instead of loading.
@@ -2248,12 +2247,12 @@ class GradientAccumulation(Callback):
         self.count, self.sums = 0, {}
 
     def before_backward(self):
-        self.learn.loss_grad = self.loss_grad * find_bs(self.yb)    # sums add up
+        self.learn.loss_grad = self.loss_grad * n_rows(self)    # sums add up
 
     def before_step(self):
         """Add the gradients to the sums; step with their means if there are enough."""
         params = [p for p, *_ in self.opt.all_params(with_grad=True)]
-        self.count += find_bs(self.yb) if params else 0
+        self.count += n_rows(self) if params else 0
         for p in params:
             self.sums[p] = p.grad.add_(self.sums.get(p, 0))
         if self.count * n_processes() < self.n_acc and self.iter + 1 != self.n_iter:
@@ -2385,8 +2384,8 @@ class CheckpointCallback(Callback):
     every: save after each `every`-th epoch, and at the end of the fit.
     resume: False begins anew, and replaces the file.
     Kept are model, loss function, optimizer, random numbers, and the attributes of a
-    callback that its `keeps`, a tuple of strings, names. Killed at any time and started
-    again by the same command, a fit on the CPU ends with the same bits.
+    callback that its `keeps`, a tuple of strings, names. A fit on the CPU that is
+    killed and started again ends with the same bits, without persistent workers.
     One object, and one file, serve one fit; `fine_tune` makes two, and cannot take it.
     Raises: ValueError, before anything changes, for a file of another training.
     """
@@ -2402,7 +2401,8 @@ class CheckpointCallback(Callback):
         # what must be the same for a fit to go on where another one stopped
         self.saved = self.learn.cbs    # without those that are added in mid-fit
         self.plan = {'n_epoch': self.n_epoch, 'n_iter': length_hint(self.dls.train),
-                     'cbs': [cb.name for cb in self.saved], 'processes': n_processes()}
+                     'cbs': [cb.name for cb in self.saved], 'processes': n_processes(),
+                     'lr, wd': [(h['lr'], h.get('wd')) for h in self.opt.hypers]}
         if self.resume and self.file.exists():
             self.go_on_from(load_state(self.file))
 
@@ -2413,7 +2413,9 @@ class CheckpointCallback(Callback):
             self.save(n_done)
 
     def after_fit(self):
-        if self.file is not None and not self.failed:
+        # if the fit was ended in the middle of a pass, the file of the last epoch stays
+        is_over = self.completed or self.iter + 1 >= self.n_iter
+        if self.file is not None and not self.failed and is_over:
             self.save(self.n_epoch)
             self.finished = True
 
@@ -2426,6 +2428,8 @@ class CheckpointCallback(Callback):
                  'frozen_idx': learn.opt.frozen_idx, 'train_iter': learn.train_iter,
                  'rng': rng_state(learn.dls), 'plan': self.plan}
         save_state(state, self.file)
+        if n_done == self.every and process_rank() == 0:
+            load_state(self.file)    # what cannot be read is an error now, not later
 
     def go_on_from(self, state):
         """Take over what `save` wrote."""
@@ -2462,9 +2466,8 @@ def load_state_dict(self: Callback, state):
 @patch
 def state_dict(self: Recorder):
     """The history so far; the losses as one tensor."""
-    losses = torch.stack(self.losses) if self.losses else torch.empty(0)
-    return {'lrs': self.lrs, 'iters': self.iters, 'values': self.values,
-            'losses': losses}
+    loss = torch.stack(self.losses) if self.losses else torch.empty(0)
+    return {'lrs': self.lrs, 'iters': self.iters, 'values': self.values, 'losses': loss}
 
 @patch
 def load_state_dict(self: Recorder, state):
@@ -2677,8 +2680,7 @@ def new_axes(n_rows=1, n_cols=1, figsize=None):
 def show_samples(xs, titles=None, ax=None):
     """Draw samples, each with its title; returns the array of matplotlib axes.
 
-    xs: signals (B, L) or (B, 1, L), drawn as lines; or images (B, H, W), (B, C, H, W).
-      Of several inputs, the first.
+    xs: signals (B, L), (B, 1, L) or images (B, H, W), (B, C, H, W); or a tuple of such.
     ax: an array of axes, at least one per sample; default: a square grid.
     """
     xs = first_item(xs).detach().float().cpu().numpy()
@@ -2714,10 +2716,9 @@ def show_results(self: Learner, ds_idx=1, dl=None, max_n=9, shuffle=True, ax=Non
     """
     batch = next(iter(in_order(find_loader(self.dls, ds_idx, dl))))
     x, _, y, decoded = self.get_preds(dl=[batch], with_input=True, with_decoded=True)
-    y, decoded = first_item(y), first_item(decoded)    # of several, the first
-    n, dls = len(decoded), self.dls
-    order = random.Random().sample(range(n), n) if shuffle else range(n)
-    rows = list(order[:max_n])
+    y, decoded, dls = first_item(y), first_item(decoded), self.dls
+    rows = list(range(len(decoded)))
+    rows = random.Random().sample(rows, len(rows))[:max_n] if shuffle else rows[:max_n]
     titles = [f'{caption(dls, y[i])}\n{caption(dls, decoded[i])}' for i in rows]
     return show_samples(map_tensors(lambda t: t[rows], x), titles, ax)
 
@@ -2868,8 +2869,7 @@ def mnist1d(n=5000, seed=42):
     noise = torch.cat([noise[:, :8].flip(1), noise, noise[:, -8:].flip(1)], 1)
     noise = F.conv1d(noise[:, None], (kernel / kernel.sum())[None, None])[:, 0]
     x = torch.where(x == 0, noise, x) + 0.02 * torch.randn(n, 72, generator=rng)
-    tilt = 0.75 * (torch.rand(n, 1, generator=rng) - 0.5)
-    x = x - tilt * torch.linspace(-0.5, 0.5, 72)
+    x = x - 0.75 * (torch.rand(n, 1, generator=rng) - 0.5) * torch.linspace(-.5, .5, 72)
     x = F.interpolate(x[:, None], 40, mode='linear', align_corners=True)
     x, cut = (x - x.mean()) / x.std(correction=0), n * 4 // 5
     return (x[:cut], y[:cut]), (x[cut:], y[cut:])

@@ -154,31 +154,26 @@ def line_dls(n_train=64, n_valid=24, bs=16, **kwargs):
 
 class Line(nn.Module):
     """y = a * x + b, from a fixed start."""
-
     def __init__(self):
         super().__init__()
         self.a, self.b = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.tensor(-0.5))
 
-    def forward(self, x):
-        return self.a * x + self.b
+    def forward(self, x): return self.a * x + self.b
 
 def line_learner(dls=None, model=None, **kwargs):
     """A Learner on the line that prints nothing."""
     model = Line() if model is None else model      # a compiled module has no truth value
-    learn = ml.Learner(dls or line_dls(), model, kwargs.pop('loss_func', F.mse_loss),
-                       **{'lr': 0.1, **kwargs})
+    learn = ml.Learner(dls or line_dls(), model, kwargs.pop('loss_func', F.mse_loss), **{'lr': 0.1, **kwargs})
     learn.logger = lambda row: None
     return learn
 
 class TinyRNN(nn.Module):
     """Returns (output, raw activations, activations), and counts its resets."""
-
     def __init__(self):
         super().__init__()
         self.lin, self.n_reset = nn.Linear(2, 2), 0
 
-    def reset(self):
-        self.n_reset += 1
+    def reset(self): self.n_reset += 1
 
     def forward(self, x):
         h = self.lin(x)
@@ -222,7 +217,6 @@ def same(a, b):
 
 class EventLog(ml.Callback):
     """Writes down every event."""
-
     order = 99
 
     def __init__(self):
@@ -233,7 +227,6 @@ for _name in ml.EVENTS:
 
 class RaiseAt(ml.Callback):
     """Raises `error` at the first `event` it sees in the phase `training`."""
-
     order = 100
 
     def __init__(self, event, error, training=None):
@@ -772,7 +765,7 @@ lesson(4, "Measure and record", tried=4, minutes=50,
        read="sections 4 and 5",
        exercises={
            'accuracy': "argmax along `axis` finds a class for each position; first look whether the shapes agree",
-           'AvgMetric.accumulate': "`add` wants the mean over the batch, and how many samples it is of: find_bs",
+           'AvgMetric.accumulate': "`add` wants the mean over the batch, and how many samples it is of: n_rows",
            'AvgSmoothLoss.accumulate': "back from the newest, weights are 1, beta, beta**2, ...: what is its share?",
            'Recorder.after_batch': "metrics accumulate; if one raises, add_note(its name); losses, lrs in training",
            'Recorder.after_epoch': "take self.row, leave []; all None: return; iters, values, final_record; logger"})
@@ -1409,7 +1402,7 @@ lesson(9, "Inference", tried=5, minutes=75,
            'Learner.validation_context': "`restored` puts back what you change; see .only_fit, model.to, .eval",
            'run_validation': "the events are as in _one_epoch; a DataLoader without a generator draws a seed from "
                              "torch's in each pass: lend it OWN_GENERATOR, by `replacing`",
-           'GatherPredsCallback.after_batch': "`keep` what is asked for, of completed batches; see find_bs",
+           'GatherPredsCallback.after_batch': "`keep` what is asked for, of completed batches; see n_rows",
            'act_and_decodes': "a `partial` has the function in .func; map_tensors goes into tuples",
            'Learner.get_preds': "a GatherPredsCallback in run_validation; then `concat`; loss_not_reduced is a context",
            'Learner.predict': "a batch of one, t[None], all of it input (`dls.split`), for get_preds; see check_item",
@@ -1841,7 +1834,7 @@ class Counts(ml.Callback):
     def before_validate(self):
         if self.epoch == self.stop: raise KeyboardInterrupt
 
-def checkpointed(path, n_epoch=5, stop=None, cbs=(), seed=0, bs=16, every=1, resume=True, **kwargs):
+def checkpointed(path, n_epoch=5, stop=None, cbs=(), seed=0, bs=16, lr=0.01, every=1, resume=True, **kwargs):
     """A learner that has trained with a checkpoint, and was stopped in epoch `stop`, if one is given."""
     seed_cpu(seed)
     dls = ml.DataLoaders(ml.TensorLoader(*line_data(), bs=bs, shuffle=True), [line_data(24, 1)], device='cpu')
@@ -1849,10 +1842,10 @@ def checkpointed(path, n_epoch=5, stop=None, cbs=(), seed=0, bs=16, every=1, res
     loss.register_buffer('seen', torch.zeros(kwargs.pop('n_seen', ())))
     loss.register_forward_hook(lambda loss, args, out: out * (1 + loss.seen.add_(0.1 * torch.is_grad_enabled())))
     learn = line_learner(dls, **{'opt_func': functools.partial(ml.SGD, mom=0.9), 'splitter': lambda m: [[m.a], [m.b]],
-                                 **kwargs}, loss_func=loss, path=path, cbs=[Counts(stop), *cbs])
+                                 **kwargs}, loss_func=loss, path=path, cbs=[Counts(stop), *ml.listify(cbs)])
     learn.freeze()
     with contextlib.suppress(KeyboardInterrupt):
-        learn.fit(n_epoch, 0.01, cbs=ml.CheckpointCallback('run', every, resume))
+        learn.fit(n_epoch, lr, cbs=ml.CheckpointCallback('run', every, resume))
     return learn
 
 @pytest.mark.parametrize('every, stop', [(1, 2), (2, 4), (2, 1)])
@@ -1869,7 +1862,7 @@ def test_resumed_equals_uninterrupted(tmp_path, every, stop):
     learn.load('run', with_opt=False)       # the weights stand under 'model', where Learner.load looks
 
 @pytest.mark.parametrize('other', [
-    {'n_epoch': 6}, {'bs': 32}, {'cbs': [ml.GradientClip]}, {'n_seen': 2},
+    {'n_epoch': 6}, {'bs': 32}, {'cbs': [ml.GradientClip]}, {'n_seen': 2}, {'lr': 0.1},
     {'model': nn.Linear(1, 1), 'splitter': ml.trainable_params}])
 def test_the_file_of_another_fit_is_refused_before_anything_changes(tmp_path, other):
     model = other.get('model', Line())
@@ -2290,13 +2283,12 @@ def test_the_optimizer_is_that_of_the_model():
     opt, learn.model = learn.opt, Line()
     learn.fit(1)
     assert learn.opt is not opt and learn.model.a.item() != 0.5, "the old one would train parameters nobody uses"
-    learn.opt = opt = ml.SGD([learn.model.a], lr=0.1)
+    learn.opt = opt = ml.SGD([[learn.model.a], [learn.model.b]], lr=[0.1, 0.2])
     learn.fit(1)
-    assert learn.opt is opt, "one of your own stays"
+    assert learn.opt is opt and [h['lr'] for h in opt.hypers] == [0.1, 0.2], "one of your own stays, and its rates"
 
 class TakesKeywords(nn.Module):
     """Returns what has `logits`: an object, or a dict."""
-
     def __init__(self, output):
         super().__init__()
         self.lin, self.output = nn.Linear(4, 3), output
@@ -2364,6 +2356,10 @@ def test_means_of_numbers_of_any_kind_and_of_half_precision():
         for n in [300] * 8 + [2]:       # float16 ends at 65504
             metric.accumulate(measured(None, torch.ones(n)))
         assert metric.value == value and metric.count == 2402
+    metric = ml.AvgMetric(lambda pred, texts: len(texts))
+    for texts in (['a', 'b', 'c'], ['d']):
+        metric.accumulate(types.SimpleNamespace(xb=(torch.ones(len(texts)),), pred=None, yb=(texts,)))
+    assert metric.value == 2.5, "if the targets are no tensor, the inputs tell how many there are"
 
 def test_objects_with_update_compute_and_reset_see_a_whole_pass():
     largest = Largest()
@@ -2538,11 +2534,12 @@ def test_lr_find_walks_through_the_rates_in_silence(capsys):
         only_fit = True
     dls = ml.DataLoaders(Stream(), [line_data(8)], device='cpu')
     learn = ml.Learner(dls, Line(), F.mse_loss, cbs=[EventLog, FitLog])
+    learn.final_record = 'of the last fit'
     assert learn.lr_find(1e-4, 1e-2, num_it=20, show_plot=False, suggest_funcs=None) is None
     assert learn.recorder.lrs == pytest.approx([1e-4 * 100**(i / 20) for i in range(20)]), "on through all epochs"
     assert learn.event_log.events.count('after_pred') == 20, "other callbacks take part; there is no validation"
     assert learn.fit_log.events == ['after_create'], "only_fit leaves a callback out"
-    assert learn.logger is print and capsys.readouterr().out == ''
+    assert learn.logger is print and capsys.readouterr().out == '' and learn.final_record == 'of the last fit'
     with pytest.raises(ValueError, match='fewer than two losses'):
         line_learner().lr_find(num_it=1)
     with pytest.raises(ValueError, match='lr_find needs the Recorder'):
@@ -2776,6 +2773,9 @@ def test_validate_equals_one_pass_over_all_rows(capsys):
     assert learn.validate(0) == learn.validate(dl=learn.dls.train) != learn.validate(), "ds_idx=0: the training loader"
     assert learn.validate(dl=ml.TensorLoader(x, y, bs=16, drop_last=True)) == learn.validate(), "of all rows"
     assert learn.validate(dl=[x]) == [None, None], "without targets nothing is measured"
+    log = EventLog()
+    learn.metrics = ml.ValueMetric(functools.partial(lambda log: len(log.events), log))
+    assert learn.validate(cbs=log)[1] > 0, "a metric may ask a callback"
     assert capsys.readouterr().out == '', "outside of a fit there is no table to print"
     for error, dl in ((ValueError, None), (TypeError, x)):      # the rows of x would be batches
         with pytest.raises(error, match='ds_idx=0|no loader'):
@@ -2817,6 +2817,11 @@ def test_predictions_are_joined_in_the_structure_of_the_outputs():
     assert type(joined) is Out and joined.scores.shape == (3, 3) and joined.texts == ['x', 'y', 'z']
     assert type(joined.parts) is list and joined.parts[1].equal(torch.cat([a, b])) and ml.concat([None, None]) is None
 
+def test_predictions_are_copies_as_a_loader_may_use_its_memory_again():
+    x = torch.zeros(1, 1)
+    dl = type('Refilled', (), {'__iter__': lambda self: (x.fill_(i) for i in range(3))})()
+    assert line_learner().get_preds(dl=dl, with_input=True)[0].flatten().tolist() == [0, 1, 2]
+
 def test_show_results_puts_target_over_prediction():
     dls = ml.DataLoaders([], class_batches(1), device='cpu', vocab='abc')
     learn = line_learner(dls, small_net(), loss_func=F.cross_entropy)
@@ -2849,6 +2854,7 @@ def test_a_loaded_learner_goes_on_like_the_one_that_was_saved(tmp_path, monkeypa
 def test_files_have_their_places_and_open_with_stock_torch(tmp_path):
     learn, file = saved(tmp_path)
     assert file == tmp_path / 'models' / 'file.pth' == learn.save('file.pth'), "the suffix is not added twice"
+    assert line_learner(path=tmp_path).load('file', with_opt=False).opt is None, "no optimizer is made for nothing"
     own = learn.save(tmp_path / 'own.bin', with_opt=False)
     assert [[*torch.load(f, weights_only=True)] for f in (file, own)] == [['model', 'opt'], ['a', 'b']]
     other = line_learner(model=nn.ParameterDict({'b': torch.ones(()), 'c': torch.ones(())}))
@@ -2987,6 +2993,12 @@ def test_a_training_that_is_complete_trains_no_more(tmp_path, cbs, n_epoch):
     assert again.recorder.values == done.recorder.values and len(done.recorder.values) == n_epoch
     assert same(weights(again.model), weights(done.model)) and again.final_record == done.final_record
     assert float(again.smooth_loss) == float(done.recorder.losses[-1])
+
+def test_a_checkpoint_is_of_whole_epochs_and_can_be_read(tmp_path):
+    ended = checkpointed(tmp_path, cbs=[RaiseAt('before_step', ml.CancelFitException())])
+    assert not ended.model_file('run').exists(), "a fit that is ended in the middle of an epoch is not complete"
+    with pytest.raises(ValueError, match='cannot load'):
+        checkpointed(tmp_path, cbs=type('Net', (ml.Callback,), {'keeps': ('net',), 'net': Line()}))
 
 def test_the_same_object_goes_on_after_ctrl_c_and_serves_one_fit(tmp_path, capsys):
     learn, stop = line_learner(path=tmp_path, cbs=[ml.CheckpointCallback('run')]), Counts(2)
@@ -3230,7 +3242,6 @@ def trust_learner(model=None, **kwargs):
 
 class Interrupt(RaiseAt):
     """Notes the events, and, without keeping them, what holds the graph."""
-
     def __init__(self, *args):
         super().__init__(*args)
         self.seen, self.refs = [], []
@@ -3341,15 +3352,6 @@ def test_spoilt_files_change_nothing(tmp_path):
             with contextlib.suppress(ValueError):       # some bytes, such as dates and padding, mean nothing
                 learn.load('file')
             assert same(weights(learn.model), before[0]) and str(learn.opt.state_dict()) == before[1]
-
-def test_what_users_of_the_first_edition_found_stays_mended(tmp_path):
-    learn = line_learner(path=tmp_path)
-    learn.fit(1)
-    learn.save('a')
-    row = learn.final_record
-    learn.lr_find(num_it=12, show_plot=False)
-    assert learn.final_record is row, "of the last fit, not of the search"
-    assert line_learner(path=tmp_path).load('a', with_opt=False).opt is None, "no optimizer is made for nothing"
 
 def killed_training(folder, n_kills):
     """Train in one go; then again, killed `n_kills` times at any moment; write both results."""
@@ -3476,10 +3478,8 @@ def test_demo_trains_and_says_how_well_it_went(tmp_path, capsys):
     assert sum(p.numel() for p in ml.small_cnn().parameters()) == 24154, "as documented: no bias before batch norm"
 
 def test_orders_stay_as_they_are():
-    orders = {ml.TrainEvalCallback: -10, ml.TerminateOnNaNCallback: -9, ml.GradientAccumulation: -5,
-              ml.MixedPrecision: -4, ml.Callback: 0, ml.GradientClip: 0, ml.DistributedCallback: -20, ml.Recorder: 50,
-              ml.GatherPredsCallback: 50, ml.ProgressCallback: 55, ml.TrackerCallback: 60, ml.ParamScheduler: 60,
-              ml.LRFinder: 60, ml.SaveModelCallback: 60, ml.EarlyStoppingCallback: 61, ml.CheckpointCallback: math.inf}
+    orders = {ml.TrainEvalCallback: -10, ml.MixedPrecision: -4, ml.Callback: 0, ml.Recorder: 50, ml.ParamScheduler: 60,
+              ml.TrackerCallback: 60, ml.CheckpointCallback: math.inf}
     assert {cb: cb.order for cb in orders} == orders, "users place callbacks between these: they may not move"
 
 @needs_readme
