@@ -171,7 +171,7 @@ def class2attr(obj, suffix):
     return re.sub('(?<=[a-z0-9])(?=[A-Z])|(?<=.)(?=[A-Z][a-z])', '_', name).lower()
 
 class Callback:
-    """Base class of callbacks: define methods named after events, taking only `self`.
+    """Base class of callbacks: methods named after events (`EVENTS`), with only `self`.
 
         class Clip(Callback):
             def before_step(self):
@@ -874,7 +874,7 @@ class DataLoaders:
         xs, ys = as_tensors(x), as_tensors(y)
         train = TensorLoader(*xs, *ys, bs=bs, shuffle=shuffle, drop_last=drop_last)
         held_out = [t for part in listify(valid) for t in as_tensors(part)]
-        check(len(held_out) in (0, len(xs + ys)), "valid: as many tensors as x and y")
+        check(len(held_out) in (0, len(xs + ys)), "valid: give a pair like (x, y)")
         if valid is None and valid_pct:
             tensors, n = train.dataset.tensors, len(train.dataset)
             generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -1432,7 +1432,7 @@ def minimum(lrs, losses, num_it):
     return lrs[losses.argmin()] / 10
 
 def steep(lrs, losses, num_it):
-    """The rate at which the loss fell most steeply, by the logarithm of the rate."""
+    """The rate at which the loss fell most steeply; noise may put it at the begin."""
     return lrs[(losses.diff() / lrs.log().diff()).argmin()]
 
 @patch
@@ -1630,7 +1630,7 @@ def get_preds(self: Learner, ds_idx=1, dl=None, with_input=False, with_decoded=F
     """Predictions and targets of all rows of loader number `ds_idx`, or of `dl`.
 
     with_input, with_decoded, with_loss: return these as well; losses are (N,).
-    act: function applied to predictions; default: what suits the loss function.
+    act: function applied to predictions; default: as the loss wants it, say softmax.
     inner: accepted as in fastai; predicting in the middle of a training always works.
     reorder: all rows in the order of the data set, though the loader shuffles, weighs
       or drops some; a sampler of your own keeps its rows and order. False takes the
@@ -2448,7 +2448,7 @@ class CheckpointCallback(Callback):
         if state['frozen_idx'] != learn.opt.frozen_idx:
             learn.opt.freeze_to(state['frozen_idx'])
         learn.start_epoch, learn.train_iter = n_done, state['train_iter']
-        say(learn, f"resumed {self.file}: {n_done} of {self.n_epoch} epochs were done")
+        say(learn, f"resumed {self.file}: {self.n_epoch - n_done} epochs are left")
         set_rng_state(state['rng'], learn.dls)
 
 Callback.keeps = ()    # names of the attributes that a checkpoint keeps

@@ -3007,7 +3007,7 @@ def test_the_same_object_goes_on_after_ctrl_c_and_serves_one_fit(tmp_path, capsy
         with contextlib.suppress(KeyboardInterrupt):
             learn.fit(4, cbs=stop)
     assert learn.train_iter == 16 and len(learn.recorder.values) == 4, "interrupted: it goes on"
-    assert 'run.pth: 2 of 4 epochs were done' in capsys.readouterr().out, "and says so"
+    assert 'run.pth: 2 epochs are left' in capsys.readouterr().out, "and says so"
     with pytest.raises(ValueError, match='serves one fit'):
         learn.fit(4, cbs=stop)
 
