@@ -313,7 +313,11 @@ def bench_growth(args):
         before = resident()
         ours = seconds(lambda: learn.fit(1), args.device)
         kept = resident() - before
-        return ours, seconds(lambda: plain_train(twin, opt, ready), args.device), kept
+        times = [(ours, seconds(lambda: plain_train(twin, opt, ready), args.device))]
+        for _ in range(0 if n >= 10_000 else 6):    # a short one varies more
+            times.append((seconds(lambda: learn.fit(1), args.device),
+                          seconds(lambda: plain_train(twin, opt, ready), args.device)))
+        return *map(statistics.median, zip(*times)), kept
 
     for n_layers, n in [(5, 1000), (5, 10_000 if args.quick else 100_000), (500, 100 if args.quick else 1000)]:
         layers = [nn.Linear(8, 8) for _ in range(n_layers - 1)] + [nn.Linear(8, 10)]
